@@ -1,0 +1,290 @@
+"""Non-autoregressive decoding: all slots at once, then the least certain again (mask-predict).
+
+The model is a function `fill(tokens [B, N, T]) -> logits [B, N, T, V]` over whole canvases.  A canvas
+of length n is BOS, n - 2 slots, EOS, then pad; N canvases a sentence try N lengths.  With P passes:
+
+    canvas   BOS  [M]   [M]   [M]   EOS   pad      before pass 0
+    filled   BOS  a     b     c     EOS   pad      arg max in every masked slot, with its log p
+    canvas   BOS  a     [M]   [M]   EOS   pad      the (n - 2)(P - 1 - s) / P least certain masked again
+    ...                                            after pass s, none after the last
+
+A kept slot keeps its symbol and log p, and can be masked again later.  Every row goes by its own
+length and stops by itself, so its result depends on no other row.  Against the reference (METHOD
+section 5): the score counts generated symbols only, so an empty candidate does not always win; a row
+that stops early keeps its last filling, without masks; a pad, if not banned, is a symbol like any other.
+
+On several devices run it inside `jax.shard_map` over B: each device then makes the passes that its own
+rows need.  Automatic sharding gives the same results, one small reduction a pass.
+
+Letters: B batch, N length candidates, T slots, V vocabulary, P passes, n length of one canvas.
+Room: pure core.  Imports config only; knows no model; touches no file, no device, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from janus_jax.config import SpecialIds
+
+Fill = Callable[[jax.Array], jax.Array]
+
+EMPTY = 2  # length of a canvas without slots: BOS and EOS
+
+
+class MaskPredictOptionsError(ValueError):
+    """Options of mask-predict that cannot be used; the message names them and the remedy."""
+
+
+@dataclass(frozen=True)
+class MaskPredictOptions:
+    """What is fixed when decoding is compiled (hashable: fit for a static argument of jit)."""
+
+    ids: SpecialIds = field(default_factory=SpecialIds)  # bos, eos, pad and mask are used
+    max_length: int = 128  # T, BOS and EOS counted
+    iterations: int = 10  # P, decoder passes; the reference's max_iter + 1
+    banned: tuple[int, ...] = ()  # symbols that are never emitted
+    early_stop: bool = True  # a row stops when a pass changes nothing, or when nothing is left to fill
+    history: bool = False  # return what every pass did
+
+    def __post_init__(self) -> None:
+        """Check the counts.
+
+        Raises:
+          MaskPredictOptionsError: no pass, or no room for BOS and EOS.
+        """
+        for name, least in (("iterations", 1), ("max_length", EMPTY)):
+            if getattr(self, name) < least:
+                raise MaskPredictOptionsError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+class History(NamedTuple):
+    """Every pass, in order; from the pass where a row stopped on, its slices repeat the result."""
+
+    tokens: jax.Array  # [P, B, N, T] int32, after the pass
+    log_probs: jax.Array  # [P, B, N, T] float32, of each kept symbol; 0 on BOS, EOS and pad
+    remasked: jax.Array  # [P, B, N, T] bool, slots that the next pass fills anew
+
+
+class MaskPredictResult(NamedTuple):
+    """All candidates, in the order of their lengths."""
+
+    tokens: jax.Array  # [B, N, T] int32, BOS ... EOS pad
+    log_probs: jax.Array  # [B, N, T] float32, of each symbol when it was filled; 0 on BOS, EOS and pad
+    lengths: jax.Array  # [B, N] int32, BOS and EOS counted
+    scores: jax.Array  # [B, N] float32, mean log p of generated symbols; see `mean_log_prob`
+    passes: jax.Array  # [B, N] int32, passes that the row took part in
+    history: History | None  # if asked for
+
+
+class Choice(NamedTuple):
+    """One candidate of each sentence."""
+
+    tokens: jax.Array  # [B, T] int32
+    log_probs: jax.Array  # [B, T] float32
+    lengths: jax.Array  # [B] int32
+    scores: jax.Array  # [B] float32, the score that it was chosen by
+    passes: jax.Array  # [B] int32
+    candidate: jax.Array  # [B] int32, which of the N
+
+
+class _Rows(NamedTuple):
+    """State of the loop."""
+
+    made: jax.Array  # [] int32, passes so far
+    canvas: jax.Array  # [B, N, T] int32, with the masks that it fills
+    tokens: jax.Array  # [B, N, T] int32, after the last pass; the result so far
+    log_probs: jax.Array  # [B, N, T] float32
+    stopped: jax.Array  # [B, N] bool
+    passes: jax.Array  # [B, N] int32
+    history: History | None
+
+
+def candidate_lengths(
+    length_logits: jax.Array, candidates: int, *, min_length: int = EMPTY, max_length: int | jax.Array
+) -> jax.Array:
+    """[B, N] int32: the N lengths around the likeliest one (BOS and EOS counted), shortest first.
+
+    With l the arg max (the lowest of equals) brought inside the bounds: l - N // 2, ..., each brought
+    inside the bounds, so that near a bound some are equal.
+
+        l = 7, N = 3: 6 7 8        l = 7, N = 4: 5 6 7 8        l = 1, N = 3: 2 2 3
+
+    Args:
+      length_logits: [B, C], a score for each length 0..C-1.
+      candidates: N.
+      min_length: least length, 2 at least: BOS and EOS.
+      max_length: greatest length, for all or [B] for each sentence; wins over `min_length`.
+    """
+    greatest = jnp.broadcast_to(jnp.asarray(max_length, jnp.int32), length_logits.shape[:1])
+    likeliest = jnp.clip(jnp.argmax(length_logits, axis=-1).astype(jnp.int32), min_length, greatest)
+    offsets = jnp.arange(candidates, dtype=jnp.int32) - candidates // 2
+    return jnp.clip(likeliest[:, None] + offsets, min_length, greatest[:, None])
+
+
+def mask_predict(fill: Fill, lengths: jax.Array, options: MaskPredictOptions) -> MaskPredictResult:
+    """Fill and refine a canvas of each given length (METHOD section 5).
+
+    Args:
+      fill: tokens [B, N, T] int32 -> logits [B, N, T, V]; softmax is taken here, in float32, before
+        symbols are banned.
+      lengths: [B, N] int32, BOS and EOS counted; brought inside 2..T.
+      options: static.
+
+    Raises:
+      MaskPredictOptionsError: a banned symbol outside the vocabulary.
+    """
+    lengths = jnp.clip(lengths, EMPTY, options.max_length).astype(jnp.int32)
+    canvas = blank_canvas(lengths, options)
+
+    def advance(rows: _Rows) -> _Rows:
+        tokens, log_probs = _fill_masked(fill, rows.canvas, rows.log_probs, options)
+        stopped = rows.stopped[..., None]
+        tokens = jnp.where(stopped, rows.tokens, tokens)
+        log_probs = jnp.where(stopped, rows.log_probs, log_probs)
+        remasked = least_certain(log_probs, lengths, rows.made, options.iterations) & ~stopped
+        canvas = jnp.where(remasked, options.ids.mask, tokens)
+        passes = rows.passes + ~rows.stopped
+        if options.early_stop:
+            unchanged = jnp.all(tokens == rows.tokens, axis=-1)
+            complete = ~jnp.any(canvas == options.ids.mask, axis=-1)
+            ends = unchanged | complete | rows.stopped
+        else:
+            ends = rows.stopped
+        done = History(tokens, log_probs, remasked & ~ends[..., None])
+        history = rows.history and jax.tree.map(
+            lambda b, v: lax.dynamic_update_index_in_dim(b, v, rows.made, 0), rows.history, done
+        )
+        return _Rows(rows.made + 1, canvas, tokens, log_probs, ends, passes, history)
+
+    zeros = jnp.zeros(canvas.shape, jnp.float32)
+    start = _Rows(
+        made=jnp.int32(0),
+        canvas=canvas,
+        tokens=canvas,
+        log_probs=zeros,
+        stopped=jnp.zeros(lengths.shape, bool),
+        passes=jnp.zeros(lengths.shape, jnp.int32),
+        history=_blank_history(canvas.shape, options.iterations) if options.history else None,
+    )
+    final = lax.while_loop(
+        lambda rows: (rows.made < options.iterations) & ~rows.stopped.all(), advance, start
+    )
+    return MaskPredictResult(
+        tokens=final.tokens,
+        log_probs=final.log_probs,
+        lengths=lengths,
+        scores=mean_log_prob(final.log_probs, lengths),
+        passes=final.passes,
+        history=final.history and _repeat_results(final.history, final),
+    )
+
+
+def blank_canvas(lengths: jax.Array, options: MaskPredictOptions) -> jax.Array:
+    """[..., T] int32: BOS, masks, EOS, then pad, for lengths [...] of 2..T."""
+    ids, ends = options.ids, lengths[..., None]
+    place = jnp.arange(options.max_length)
+    inner = jnp.where(place == ends - 1, ids.eos, jnp.where(place < ends, ids.mask, ids.pad))
+    return jnp.where(place == 0, ids.bos, inner).astype(jnp.int32)
+
+
+def least_certain(log_probs: jax.Array, lengths: jax.Array, index: jax.Array, iterations: int) -> jax.Array:
+    """The slots that are masked again after pass `index` (from 0) of `iterations`.
+
+    floor((n - 2) * (P - 1 - index) / P) of the n - 2 slots, in exact integers; those with the lowest
+    log-probability, of equals the leftmost.  Never BOS, EOS or padding.
+
+    Args:
+      log_probs: [..., T] float32.
+      lengths: [...] int32.
+      index: [] int32.
+      iterations: P.
+
+    Returns:
+      [..., T] bool.
+    """
+    count = (lengths - EMPTY) * (iterations - 1 - index) // iterations
+    order = jnp.argsort(jnp.where(_slots(log_probs, lengths), log_probs, jnp.inf), axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1)
+    return rank < count[..., None]
+
+
+def mean_log_prob(log_probs: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Score of each candidate: the mean log-probability of its generated symbols.
+
+    An empty candidate has none: it scores -inf, so that any other wins, or 0 where all candidates of
+    the sentence are empty.
+
+    Args:
+      log_probs: [B, N, T] float32.
+      lengths: [B, N] int32.
+
+    Returns:
+      [B, N] float32.
+    """
+    total = jnp.sum(jnp.where(_slots(log_probs, lengths), log_probs, 0.0), axis=-1)
+    empty = lengths <= EMPTY
+    mean = total / jnp.maximum(lengths - EMPTY, 1)
+    return jnp.where(empty & ~jnp.all(empty, axis=-1, keepdims=True), -jnp.inf, mean)
+
+
+def choose(result: MaskPredictResult, scores: jax.Array | None = None) -> Choice:
+    """The best candidate of each sentence; of equals the first, hence the shortest.
+
+    Args:
+      result: of `mask_predict`.
+      scores: [B, N], to choose by instead of `result.scores`: an AR model's, say.
+    """
+    scores = result.scores if scores is None else scores
+    best = jnp.argmax(scores, axis=1).astype(jnp.int32)
+    pick = jax.vmap(lambda values, i: values[i])
+    return Choice(
+        tokens=pick(result.tokens, best),
+        log_probs=pick(result.log_probs, best),
+        lengths=pick(result.lengths, best),
+        scores=pick(scores, best),
+        passes=pick(result.passes, best),
+        candidate=best,
+    )
+
+
+def _slots(log_probs: jax.Array, lengths: jax.Array) -> jax.Array:
+    """[..., T] bool: places between BOS and EOS."""
+    place = jnp.arange(log_probs.shape[-1])
+    return (place > 0) & (place < lengths[..., None] - 1)
+
+
+def _fill_masked(
+    fill: Fill, canvas: jax.Array, log_probs: jax.Array, options: MaskPredictOptions
+) -> tuple[jax.Array, jax.Array]:
+    """`canvas` and `log_probs` with the arg max and its log-probability in every masked slot."""
+    logits = fill(canvas).astype(jnp.float32)
+    vocabulary = logits.shape[-1]
+    if absent := sorted(set(options.banned) - set(range(vocabulary))):
+        raise MaskPredictOptionsError(f"banned symbols {absent} lie outside the vocabulary of {vocabulary}")
+    admitted = jnp.where(np.isin(np.arange(vocabulary), options.banned), -jnp.inf, logits)
+    best = jnp.max(admitted, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    masked = canvas == options.ids.mask
+    tokens = jnp.where(masked, jnp.argmax(admitted, axis=-1).astype(jnp.int32), canvas)
+    return tokens, jnp.where(masked, best, log_probs)
+
+
+def _blank_history(shape: tuple[int, ...], iterations: int) -> History:
+    shape = (iterations, *shape)
+    return History(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
+
+
+def _repeat_results(history: History, final: _Rows) -> History:
+    """`history` with the result in the passes that a row, or the whole loop, did not make."""
+    made = (jnp.arange(history.tokens.shape[0])[:, None, None] < final.passes)[..., None]
+    return History(
+        tokens=jnp.where(made, history.tokens, final.tokens),
+        log_probs=jnp.where(made, history.log_probs, final.log_probs),
+        remasked=history.remasked & made,
+    )

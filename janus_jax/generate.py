@@ -1,0 +1,135 @@
+"""From a batch of sources to token ids, both ways: the model's functions bound to the decode loops.
+
+Pure functions of (parameters, arrays), to be jit-compiled by whoever calls them; the options are
+static.  Results do not depend on the batch a sentence is in, nor on padding.
+
+Letters: B sentences, G beams or length candidates, S source length, T target slots, V vocabulary.
+Room: pure core.  Imports models, decode and config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from janus_jax.config import DecodeConfig, ModelConfig
+from janus_jax.decode import beam, mask_predict
+from janus_jax.models import Janus, Memory, Params, empty_cache
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model configuration and how to decode with it; hashable, hence static under jit."""
+
+    model: ModelConfig
+    decode: DecodeConfig
+
+    def remember(self, params: Params, source: jax.Array) -> tuple[Memory, jax.Array]:
+        """Encodes [B, S] once -> (memory, candidate target lengths [B, G] with BOS and EOS)."""
+        memory = Janus(self.model).apply({"params": params}, source, method="remember")
+        lengths = mask_predict.candidate_lengths(
+            memory.length_logits,
+            self.decode.candidates,
+            min_length=3,  # BOS, one token, EOS: an empty answer to a source that is not empty is no answer
+            max_length=self.limits(source) + 1,  # a limit counts EOS but not BOS
+        )
+        return memory, lengths
+
+    def limits(self, source: jax.Array) -> jax.Array:
+        """[B, S] -> [B] int32: the most tokens of each target, EOS counted; a function of the sentence alone."""
+        n_source = jnp.sum(source != self.model.ids.pad, axis=1)
+        wanted = jnp.floor(self.decode.max_length_a * n_source).astype(jnp.int32) + self.decode.max_length_b
+        return jnp.clip(wanted, 1, self.slots(source.shape[1]))
+
+    def slots(self, source_length: int) -> int:
+        """The most tokens, EOS counted, of any target whose source is padded to `source_length`."""
+        wanted = int(self.decode.max_length_a * source_length) + self.decode.max_length_b
+        table = self.model.max_positions - 1 if self.model.positions == "learned" else wanted
+        return max(1, min(wanted, table, self.model.max_length - 1))
+
+    def autoregressive(self, params: Params, source: jax.Array) -> beam.BeamResult:
+        """Left to right, greedily (`beam` = 1) or by beam search: [B, S] -> hypotheses, best first."""
+        model, ids, width = Janus(self.model), self.model.ids, self.decode.beam
+        memory, _ = self.remember(params, source)
+        slots = self.slots(source.shape[1])
+        options = beam.BeamOptions(
+            ids=ids,
+            beam=width,
+            max_length=slots,
+            banned=self._banned(eos=False),
+            length_penalty=self.decode.length_penalty,
+        )
+
+        def step(tokens: jax.Array, index: jax.Array, cache: object) -> tuple[jax.Array, object]:
+            return model.apply({"params": params}, tokens, index, cache, memory, method="ar_step")
+
+        cache = empty_cache(self.model, source.shape[0], width, slots)
+        limits = self.limits(source)
+        if width == 1:
+            return beam.greedy_search(step, cache, limits, options)
+        return beam.beam_search(
+            step, cache, limits, options, reorder=lambda c, parents: beam.reorder_beams(c, parents, batch_axis=1)
+        )
+
+    def non_autoregressive(
+        self, params: Params, memory: Memory, lengths: jax.Array, slots: int, *, history: bool = False
+    ) -> tuple[mask_predict.Choice, mask_predict.MaskPredictResult]:
+        """Mask-predict over all candidates of `remember`, and the best of each sentence.
+
+        Args:
+          params: parameters.
+          memory: encoded sources.
+          lengths: [B, G] candidate lengths, none above `slots`.
+          slots: T, static.
+          history: keep every pass, for a picture of the refinement.
+        """
+        ids = self.model.ids
+        options = mask_predict.MaskPredictOptions(
+            ids=ids,
+            max_length=slots,
+            iterations=self.decode.iterations,
+            banned=self._banned(eos=True),
+            early_stop=self.decode.early_stop,
+            history=history,
+        )
+
+        def fill(canvas: jax.Array) -> jax.Array:
+            return Janus(self.model).apply({"params": params}, canvas, memory, method="nar_pass")
+
+        result = mask_predict.mask_predict(fill, lengths, options)
+        scores = self.rescore(params, memory, result.tokens) if self.decode.rescore else None
+        return mask_predict.choose(result, scores), result
+
+    def rescore(self, params: Params, memory: Memory, tokens: jax.Array) -> jax.Array:
+        """AR scores of whole candidates in one parallel pass: [B, G, T] -> [B, G] float32.
+
+        Sum of log p, EOS counted, over length ** length_penalty: what the same model's beam search
+        would have given them.
+        """
+        logits = Janus(self.model).apply({"params": params}, tokens, memory, method="ar_pass")
+        log_p = jax.nn.log_softmax(logits[:, :, :-1], axis=-1)
+        truth = tokens[:, :, 1:]
+        real = truth != self.model.ids.pad
+        picked = jnp.take_along_axis(log_p, truth[..., None], axis=-1)[..., 0]
+        return jnp.sum(picked * real, axis=-1) / jnp.sum(real, axis=-1) ** self.decode.length_penalty
+
+    def _banned(self, *, eos: bool) -> tuple[int, ...]:
+        """Symbols that are no output: pad, bos, start, mask; unk by option; EOS where the length is given."""
+        ids = self.model.ids
+        never = {ids.pad, ids.bos, ids.start, ids.mask} | ({ids.unk} if self.decode.ban_unk else set())
+        return tuple(sorted(never | {ids.eos} if eos else never - {ids.eos}))
+
+
+def with_options(config: DecodeConfig, **options: object) -> DecodeConfig:
+    """`config` with some options replaced.
+
+    Raises:
+      ValueError: an option that does not exist.
+    """
+    known = {f.name for f in dataclasses.fields(config)}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"unknown decoding option {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    return dataclasses.replace(config, **options)  # type: ignore[arg-type]

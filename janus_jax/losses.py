@@ -1,0 +1,171 @@
+"""The objectives: cross-entropies, symmetric KLs and the length loss (METHOD section 4).
+
+Every term is a (weighted sum, weight) pair.  The weights are functions of the batch alone, so a sum
+is normalised once, over the whole global batch: the value does not depend on the number of devices,
+hosts or micro-batches, and a batch with nothing masked costs 0, not NaN.
+
+  L = ar CE_AR + nar CE_NAR(M) + aux CE_AUX(M) + length CE_length
+      + kl_nar_aux symKL(NAR, AUX) + kl_ar_aux symKL(AR at M, AUX) + kl_ar_nar symKL(AR at M, NAR)
+
+Letters: B sentences, T target length, V vocabulary, C length classes.
+Room: pure core.  Imports batch and config.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from janus_jax.config import LossConfig, SpecialIds
+
+Terms = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight), float32 scalars
+
+CROSS_ENTROPIES = ("ar", "nar", "aux")
+DIVERGENCES = {"kl_nar_aux": ("nar", "aux"), "kl_ar_aux": ("ar", "aux"), "kl_ar_nar": ("ar", "nar")}
+
+
+class Logits(Protocol):
+    """What a model returns; see `models.Outputs`."""
+
+    ar: jax.Array | None
+    nar: jax.Array | None
+    aux: jax.Array | None
+    length: jax.Array
+
+
+def coefficients(config: LossConfig) -> dict[str, float]:
+    """The weight of each term in the total, by objective; terms of weight 0 are left out.
+
+    `janus` takes all of them from the config.  The single-sided objectives have one main term, of
+    weight 1: `ar`; `cmlm` with the length loss besides; `rdrop`, half of the R-Drop paper's sum
+    (two cross-entropies and alpha times the symmetric KL), hence on the scale of `ar`.
+    """
+    if config.objective == "ar":
+        return {"ar": 1.0}
+    if config.objective == "cmlm":
+        return {"nar": 1.0, "length": config.length}
+    if config.objective == "rdrop":
+        return {"ar": 1.0, "kl_rdrop": config.rdrop_alpha / 2}
+    names = (*CROSS_ENTROPIES, "length", *DIVERGENCES)
+    return {name: weight for name in names if (weight := getattr(config, name)) > 0}
+
+
+def streams_needed(config: LossConfig) -> dict[str, bool]:
+    """Which distributions the objective reads: {'ar': bool, 'nar': bool, 'aux': bool}."""
+    used = set(coefficients(config))
+    for divergence, pair in DIVERGENCES.items():
+        if divergence in used:
+            used.update(pair)
+    needed = {name: name in used for name in CROSS_ENTROPIES}
+    needed["nar"] |= needed["aux"]  # AUX attends the NAR content
+    return needed
+
+
+def weights(target: jax.Array, masked: jax.Array, config: LossConfig, ids: SpecialIds) -> dict[str, jax.Array]:
+    """The weight (number of items) of each term of the objective: a function of the batch alone."""
+    tokens, real_rows = _items(target, ids)
+    n_masked = jnp.sum(masked, dtype=jnp.float32)
+    n_tokens = jnp.sum(tokens, dtype=jnp.float32)
+    known = {
+        "ar": n_tokens,
+        "kl_rdrop": n_tokens,
+        "length": jnp.sum(real_rows, dtype=jnp.float32),
+        "nar": n_masked,
+        "aux": n_masked,
+        **dict.fromkeys(DIVERGENCES, n_masked),
+    }
+    if config.objective == "rdrop":
+        known["ar"] = 2 * n_tokens
+    return {name: known[name] for name in coefficients(config)}
+
+
+def terms(outputs: Logits, target: jax.Array, masked: jax.Array, config: LossConfig, ids: SpecialIds) -> Terms:
+    """Every term of the objective, and the plain negative log-likelihoods (`nll_*`) for the reader.
+
+    Args:
+      outputs: logits; for objective `rdrop`, `ar` holds two dropout passes, [2B, T, V].
+      target: [B, T] int32.
+      masked: [B, T] bool.
+      config: objective and smoothing.
+      ids: special ids; filler rows are all padding.
+    """
+    used = coefficients(config)
+    weight = weights(target, masked, config, ids)
+    tokens, real_rows = _items(target, ids)
+    in_m = masked.astype(jnp.float32)
+    log_p = {
+        name: jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        for name in CROSS_ENTROPIES
+        if (logits := getattr(outputs, name)) is not None
+    }
+    found: Terms = {}
+
+    def cross_entropy(name: str, log_probs: jax.Array, truth: jax.Array, item: jax.Array) -> None:
+        smoothed, nll = label_smoothed(log_probs, truth, config.label_smoothing)
+        found[name] = (jnp.sum(smoothed * item), weight[name])
+        found[f"nll_{name}"] = (jnp.sum(nll * item), weight[name])
+
+    if "ar" in used:
+        copies = 2 if config.objective == "rdrop" else 1
+        truth, item = (jnp.tile(x[:, 1:], (copies, 1)) for x in (target, tokens))
+        cross_entropy("ar", log_p["ar"][:, :-1], truth, item)
+    for name in ("nar", "aux"):
+        if name in used:
+            cross_entropy(name, log_p[name], target, in_m)
+    if "length" in used:
+        classes = outputs.length.shape[-1]
+        n_tokens = jnp.sum(target != ids.pad, axis=1)
+        log_length = jax.nn.log_softmax(outputs.length.astype(jnp.float32), axis=-1)
+        picked = _pick(log_length, jnp.minimum(n_tokens, classes - 1))
+        found["length"] = (-jnp.sum(picked * real_rows), weight["length"])
+    for name, (left, right) in DIVERGENCES.items():
+        if name in used:
+            # AR slot t predicts position t + 1; position 0 (BOS) is never masked.
+            p, q = (log_p[s][:, :-1] if s == "ar" else log_p[s][:, 1:] for s in (left, right))
+            found[name] = (jnp.sum(symmetric_kl(p, q) * in_m[:, 1:]), weight[name])
+    if "kl_rdrop" in used:
+        p, q = jnp.split(log_p["ar"][:, :-1], 2)
+        found["kl_rdrop"] = (jnp.sum(symmetric_kl(p, q) * tokens[:, 1:]), weight["kl_rdrop"])
+    return found
+
+
+def total(found: Terms, config: LossConfig) -> jax.Array:
+    """The objective: coefficients times means.  A term of weight 0 (nothing masked) counts 0."""
+    parts = [coefficient * mean(found[name]) for name, coefficient in coefficients(config).items()]
+    return jnp.sum(jnp.stack(parts))
+
+
+def mean(term: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Weighted sum / weight; 0 where the weight is 0."""
+    value, weight = term
+    return value / jnp.maximum(weight, 1.0)
+
+
+def label_smoothed(log_probs: jax.Array, truth: jax.Array, smoothing: float) -> tuple[jax.Array, jax.Array]:
+    """Smoothed cross-entropy and plain negative log-likelihood per slot.
+
+    (1 - eps) * nll + eps * mean over the whole vocabulary of -log p: [.., V], [..] -> two of [..].
+    """
+    nll = -_pick(log_probs, truth)
+    return (1 - smoothing) * nll - smoothing * jnp.mean(log_probs, axis=-1), nll
+
+
+def symmetric_kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """(KL(p||q) + KL(q||p)) / 2, summed over the vocabulary: two of [.., V] -> [..].
+
+    Gradients flow into both sides: each distribution learns from the other.
+    """
+    return 0.5 * jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1)
+
+
+def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
+    """values[.., index]: [.., V], [..] int -> [..]."""
+    return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+
+
+def _items(target: jax.Array, ids: SpecialIds) -> tuple[jax.Array, jax.Array]:
+    """Predicted tokens [B, T] (all real ones but the first) and real rows [B], as float32 0/1."""
+    real = (target != ids.pad).astype(jnp.float32)
+    return real.at[:, 0].set(0.0), real[:, 0]

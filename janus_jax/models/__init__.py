@@ -1,0 +1,5 @@
+"""The network.  The only room that knows flax; imports masks, batch and config alone."""
+
+from janus_jax.models.janus import Janus, Memory, Outputs, Params, empty_cache, init_params
+
+__all__ = ["Janus", "Memory", "Outputs", "Params", "empty_cache", "init_params"]

@@ -1,0 +1,288 @@
+"""JANUS: one encoder, one decoder stack, read as P_AR, P_NAR and P_AUX.
+
+Training and scoring go through `Janus.__call__`: one encoder pass and one decoder pass over all
+streams.  Decoding goes through `encode`, then `ar_step` (one token, cached) or `nar_pass` (a whole
+canvas).  Parameters are a plain nested dict of float32 arrays; layers are stacked on a first axis.
+
+Letters: B sentences, G beams or candidates of a sentence, S source length, T target length,
+D model width, V vocabulary, C length classes, L layers, H heads, K head width.
+Room: pure core, models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from janus_jax import masks
+from janus_jax.config import ModelConfig
+from janus_jax.models import streams
+from janus_jax.models.transformer import (
+    NORMAL,
+    DecoderLayer,
+    EncoderLayer,
+    KeysValues,
+    LayerCache,
+    Plan,
+    layer_norm,
+    sinusoidal_positions,
+    stack,
+)
+
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class Outputs:
+    """Logits of one training pass, float32; None for what was not asked for.
+
+    ar[:, t] predicts target position t + 1 (its last slot predicts nothing); nar[:, t] and
+    aux[:, t] predict position t and mean something only where it is masked.
+    """
+
+    ar: jax.Array | None  # [B, T, V]
+    nar: jax.Array | None  # [B, T, V]
+    aux: jax.Array | None  # [B, T, V]
+    length: jax.Array  # [B, C], class = target length with BOS and EOS
+
+
+@struct.dataclass
+class Memory:
+    """A source, encoded and projected once for all decoding steps."""
+
+    layers: KeysValues  # cross-attention keys and values, [L, B, S, H, K]
+    mask: jax.Array  # [B, 1, S] bool
+    length_logits: jax.Array  # [B, C] float32
+
+
+class Encoder(nn.Module):
+    """Source token embeddings -> encoded source."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.input = _Input(self.config)
+        self.layers = stack(EncoderLayer, self.config, self.config.encoder_layers, ("__call__",))
+        self.norm = layer_norm(self.config) if self.config.norm == "pre" else None
+
+    def __call__(self, tokens: jax.Array, real: jax.Array) -> jax.Array:
+        """Token rows [B, S, D], real [B, S] bool -> [B, S, D].
+
+        Positions count real tokens, so padding may stand on either side.
+        """
+        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+        x, _ = self.layers(self.input(tokens, positions), None, masks.padding_mask(real))
+        return x if self.norm is None else self.norm(x)
+
+
+class Decoder(nn.Module):
+    """The one stack behind all three distributions; a plan says which streams run through it."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        methods = ("__call__", "memory", "remembered", "step")
+        self.input = _Input(self.config)
+        self.layers = stack(DecoderLayer, self.config, self.config.decoder_layers, methods)
+        self.norm = layer_norm(self.config) if self.config.norm == "pre" else None
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, plan: Plan, encoded: jax.Array, source_mask: jax.Array
+    ) -> jax.Array:
+        """Token rows [B, N, D] of all slots, positions [N] -> [B, N, D]."""
+        x, _ = self.layers(self.input(tokens, positions), None, (plan, encoded, source_mask))
+        return self._finish(x)
+
+    def memory(self, encoded: jax.Array) -> KeysValues:
+        """Encoded source [B, S, D] -> keys and values of every layer, [L, B, S, H, K]."""
+        return self.layers.memory(encoded, None, None)[1]
+
+    def remembered(self, tokens: jax.Array, positions: jax.Array, plan: Plan, memory: Memory) -> jax.Array:
+        """As `__call__`, over a projected source; R may be B x candidates."""
+        cache = LayerCache(memory.layers)
+        x, _ = self.layers.remembered(self.input(tokens, positions), cache, (plan, memory.mask))
+        return self._finish(x)
+
+    def step(
+        self, tokens: jax.Array, positions: jax.Array, content: KeysValues, index: jax.Array, memory: Memory
+    ) -> tuple[jax.Array, KeysValues]:
+        """One AR step: token rows [R, 1 or 2, D], content cache [L, R, T, H, K] -> last slot [R, D], cache."""
+        cache = LayerCache(memory.layers, content)
+        x, content = self.layers.step(self.input(tokens, positions), cache, (index, memory.mask))
+        return self._finish(x[:, -1]), content
+
+    def _finish(self, x: jax.Array) -> jax.Array:
+        return x if self.norm is None else self.norm(x)
+
+
+class Janus(nn.Module):
+    """The model of METHOD sections 1 to 3."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.target_table = self.param("target_table", NORMAL, (c.vocab_size, c.dim))
+        self.source_table = (
+            self.target_table
+            if c.share_embeddings
+            else self.param("source_table", NORMAL, (c.vocab_size, c.dim))
+        )
+        self.output_table = (
+            self.target_table if c.tie_output else self.param("output_table", NORMAL, (c.vocab_size, c.dim))
+        )
+        if c.output_bias:
+            self.output_bias = self.param("output_bias", nn.initializers.zeros, (c.vocab_size,))
+        self.length_table = self.param("length_table", NORMAL, (c.max_length + 1, c.dim))
+        self.encoder, self.decoder = Encoder(c), Decoder(c)
+
+    def __call__(
+        self,
+        source: jax.Array,
+        target: jax.Array,
+        masked: jax.Array | None = None,
+        *,
+        ar: bool = True,
+        nar: bool = True,
+        aux: bool = True,
+    ) -> Outputs:
+        """One encoder pass, one decoder pass over the streams asked for.
+
+        Args:
+          source: [B, S] int32.
+          target: [B, T] int32, BOS ... EOS PAD...; AR is fed `ids.start` in the place of BOS.
+          masked: [B, T] bool, the set M.
+          ar: compute P_AR.
+          nar: compute P_NAR.
+          aux: compute P_AUX (needs nar).
+        """
+        encoded, source_mask = self.encode(source)
+        slots = streams.lay_out(target, masked, self.config, ar=ar, nar=nar, aux=aux)
+        x = self.decoder(
+            self._rows(self.target_table, slots.tokens), slots.positions, slots.plan, encoded, source_mask
+        )
+        read = {name: self.logits(x[:, a:b]) for name, (a, b) in slots.read.items()}
+        return Outputs(
+            read.get("ar"), read.get("nar"), read.get("aux"), self.length_logits(encoded, source_mask)
+        )
+
+    def encode(self, source: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, S] int32 -> encoded [B, S, D] and the source mask [B, 1, S] bool."""
+        streams.check_length(self.config, source.shape[1], "a source")
+        real = source != self.config.ids.pad
+        return self.encoder(self._rows(self.source_table, source), real), masks.padding_mask(real)
+
+    def remember(self, source: jax.Array) -> Memory:
+        """Everything that decoding needs of a source [B, S], computed once."""
+        encoded, mask = self.encode(source)
+        return Memory(self.decoder.memory(encoded), mask, self.length_logits(encoded, mask))
+
+    def length_logits(self, encoded: jax.Array, source_mask: jax.Array) -> jax.Array:
+        """Target-length logits from the mean of the real source states: [B, S, D] -> [B, C] float32."""
+        weight = source_mask[:, 0, :, None].astype(jnp.float32)
+        mean = jnp.sum(encoded * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+        return mean @ self.length_table.T
+
+    def ar_step(
+        self, tokens: jax.Array, index: jax.Array, content: KeysValues, memory: Memory
+    ) -> tuple[jax.Array, KeysValues]:
+        """Feeds one token per beam and reads the next one's logits.
+
+        Args:
+          tokens: [B, G] int32, the token at place `index` (ids.start at 0).
+          index: int32 scalar.
+          content: cache [L, B, G, T, H, K] from `empty_cache`, filled below `index`.
+          memory: the source.
+
+        Returns:
+          Logits [B, G, V] float32 of place index + 1, and the cache with this token in it.
+        """
+        c = self.config
+        beams, flat = content[0].shape[1:3], tuple(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in content)
+        slots = tokens.reshape(-1, 1)
+        places = streams.ar_positions(jnp.asarray(index)[None], c)
+        positions = places[0]
+        if c.ar_stream == "query":
+            slots = jnp.concatenate([slots, jnp.full_like(slots, c.ids.mask)], axis=1)
+            positions = jnp.concatenate(places)
+        rows = self._rows(self.target_table, slots)
+        x, new = self.decoder.step(rows, positions, (flat[0], flat[1]), index, memory)
+        keys, values = (x.reshape(x.shape[0], *beams, *x.shape[2:]) for x in new)
+        return self.logits(x).reshape(*beams, -1), (keys, values)
+
+    def nar_pass(self, canvas: jax.Array, memory: Memory) -> jax.Array:
+        """One mask-predict pass: canvas [B, G, T] int32 with [M] where open -> logits [B, G, T, V]."""
+        rows = canvas.reshape(-1, canvas.shape[-1])
+        slots = streams.lay_out(
+            rows, jnp.zeros(rows.shape, bool), self.config, ar=False, nar=True, aux=False
+        )
+        return self._read(slots, memory).reshape(*canvas.shape, -1)
+
+    def ar_pass(self, target: jax.Array, memory: Memory) -> jax.Array:
+        """AR logits of whole candidates in one parallel pass: [B, G, T] int32 -> [B, G, T, V].
+
+        Slot t predicts place t + 1, as in `Outputs.ar`.
+        """
+        rows = target.reshape(-1, target.shape[-1])
+        slots = streams.lay_out(rows, None, self.config, ar=True, nar=False, aux=False)
+        return self._read(slots, memory).reshape(*target.shape, -1)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """States [.., D] -> vocabulary logits [.., V] float32."""
+        table = self.output_table.astype(x.dtype)
+        scores = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        return scores + self.output_bias if self.config.output_bias else scores
+
+    def _read(self, slots: streams.Slots, memory: Memory) -> jax.Array:
+        """Logits of the only distribution laid out."""
+        rows = self._rows(self.target_table, slots.tokens)
+        x = self.decoder.remembered(rows, slots.positions, slots.plan, memory)
+        ((start, end),) = slots.read.values()
+        return self.logits(x[:, start:end])
+
+    def _rows(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Token ids [..] -> embeddings [.., D]."""
+        rows = jnp.take(table, tokens, axis=0).astype(jnp.dtype(self.config.dtype))
+        return rows * self.config.dim**0.5 if self.config.scale_embeddings else rows
+
+
+class _Input(nn.Module):
+    """Adds position embeddings to token rows; then layer norm (BART) and dropout."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """[R, N, D], positions [N] or [R, N] -> [R, N, D]."""
+        c = self.config
+        if c.positions == "learned":
+            table = self.param("positions", NORMAL, (c.max_positions, c.dim))
+            places = jnp.take(table, positions, axis=0)
+        else:
+            places = sinusoidal_positions(positions, c.dim)
+        x = tokens + places.astype(tokens.dtype)
+        if c.embed_norm:
+            x = nn.LayerNorm(epsilon=c.norm_eps, dtype=x.dtype, name="norm")(x)
+        if c.dropout and self.has_rng("dropout"):
+            x = nn.Dropout(c.dropout, deterministic=False)(x)
+        return x
+
+
+def init_params(key: jax.Array, config: ModelConfig) -> Params:
+    """Freshly drawn parameters, float32, N(0, 0.02) as BERT; pure, so `jit` and `eval_shape` take it."""
+    tokens = jnp.full((1, 4), config.ids.bos, jnp.int32)
+    nar = config.ar_stream == "query"
+    masked = jnp.zeros((1, 4), bool)
+    return Janus(config).init(key, tokens, tokens, masked, ar=True, nar=nar, aux=nar)["params"]
+
+
+def empty_cache(config: ModelConfig, sentences: int, beams: int, length: int) -> KeysValues:
+    """Zeros for the AR content of `length` places: keys and values, [L, B, G, T, H, K]."""
+    shape = (config.decoder_layers, sentences, beams, length, config.heads, config.dim // config.heads)
+    zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
+    return zeros, zeros
+

@@ -1,0 +1,266 @@
+"""Transformer layers that do not know what a stream is.
+
+A decoder layer receives slots and a `Plan`: which slots are content (their states are the keys and
+values), and blocks of slots that attend a range of that content under a mask.  Everything else in
+the layer (projections, cross-attention, feed-forward) is position-wise and runs over all slots at
+once.  Which streams exist and who sees whom is decided in `streams.py`.
+
+Dropout is on exactly when a "dropout" key is given to `apply`.
+
+Letters: B sentences, R decoder rows (B, or B x candidates or beams), S source length, N slots,
+C content slots, T target length, D model width, H heads, K head width, F ffn width, L layers.
+Room: pure core, models.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from janus_jax.config import ModelConfig
+
+NORMAL = nn.initializers.normal(0.02)  # BERT's initialisation, for every matrix and table
+HIDDEN = jnp.finfo(jnp.float32).min  # finite: a row that sees nothing yields a mean, not NaN
+
+KeysValues = tuple[jax.Array, jax.Array]  # each [.., length, H, K]
+Range = tuple[int, int]  # start and end of a run of slots
+
+
+@struct.dataclass
+class Block:
+    """One self-attention: a run of slots attends a run of content slots."""
+
+    mask: jax.Array  # [R or 1, queries, keys] bool
+    queries: Range = struct.field(pytree_node=False)  # of the slots
+    keys: Range = struct.field(pytree_node=False)  # of the content slots
+
+
+@struct.dataclass
+class Plan:
+    """All self-attention of a decoder layer.  The blocks' queries cover the slots, in order."""
+
+    blocks: tuple[Block, ...]
+    content: tuple[Range, ...] = struct.field(pytree_node=False)  # slots that give keys and values
+
+
+@struct.dataclass
+class LayerCache:
+    """What a decoder layer keeps between decoding steps; stacked over layers outside."""
+
+    memory: KeysValues  # projected source, [B, S, H, K]
+    content: KeysValues | None = None  # projected AR content so far, [R, T, H, K]
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, drop: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Scaled dot-product attention: [R, N, H, K], two of [R, S, H, K], [R or 1, N or 1, S] -> [R, N, H, K].
+
+    Scores and softmax are float32 whatever the inputs; `drop` is applied to the attention weights.
+    """
+    scores = jnp.einsum("rnhk,rshk->rhns", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None], scores / q.shape[-1] ** 0.5, HIDDEN)
+    weights = drop(jax.nn.softmax(scores, axis=-1).astype(v.dtype))
+    return jnp.einsum("rhns,rshk->rnhk", weights, v)
+
+
+class Attention(nn.Module):
+    """Multi-head attention as its four projections; the caller says what attends what."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        dense = functools.partial(
+            nn.Dense, self.config.dim, dtype=jnp.dtype(self.config.dtype), kernel_init=NORMAL
+        )
+        self.query, self.key, self.value, self.out = dense(), dense(), dense(), dense()
+        self.drop = _dropout(self, self.config.attention_dropout)
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.config.heads, -1)
+
+    def keys_values(self, x: jax.Array) -> KeysValues:
+        """[.., D] -> keys and values, [.., H, K] each."""
+        return self._heads(self.key(x)), self._heads(self.value(x))
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """[.., D] -> [.., H, K]."""
+        return self._heads(self.query(x))
+
+    def gather(self, q: jax.Array, kv: KeysValues, mask: jax.Array) -> jax.Array:
+        """Attention over `kv`, heads joined but not yet projected: [R, N, H, K] -> [R, N, D]."""
+        return attend(q, *kv, mask, self.drop).reshape(*q.shape[:-2], -1)
+
+    def __call__(self, x: jax.Array, kv: KeysValues, mask: jax.Array) -> jax.Array:
+        """[R, N, D] attends keys and values [R, S, H, K] under [R, 1 or N, S] -> [R, N, D]."""
+        return self.out(self.gather(self.queries(x), kv, mask))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps around the activation: [.., D] -> [.., F] -> [.., D]."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        dense = functools.partial(nn.Dense, dtype=jnp.dtype(self.config.dtype), kernel_init=NORMAL)
+        self.rise, self.fall = dense(self.config.ffn), dense(self.config.dim)
+        self.drop = _dropout(self, self.config.activation_dropout)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[.., D] -> [.., D]."""
+        gelu = functools.partial(jax.nn.gelu, approximate=False)
+        activation = jax.nn.relu if self.config.activation == "relu" else gelu
+        return self.fall(self.drop(activation(self.rise(x))))
+
+
+class _Layer(nn.Module):
+    """The residual wiring that encoder and decoder layers share."""
+
+    config: ModelConfig
+
+    def _residual(self, x: jax.Array, norm: nn.Module, f: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        if self.config.norm == "pre":
+            return x + self.drop(f(norm(x)))
+        return norm(x + self.drop(f(x)))
+
+
+class EncoderLayer(_Layer):
+    """Bidirectional self-attention and feed-forward."""
+
+    def setup(self) -> None:
+        self.attention, self.attention_norm = Attention(self.config), layer_norm(self.config)
+        self.ffn, self.ffn_norm = FeedForward(self.config), layer_norm(self.config)
+        self.drop = _dropout(self, self.config.dropout)
+
+    def __call__(self, x: jax.Array, _: None, mask: jax.Array) -> tuple[jax.Array, None]:
+        """States [B, S, D], mask [B, 1, S] -> ([B, S, D], None), as a scan over layers wants it."""
+        x = self._residual(
+            x, self.attention_norm, lambda h: self.attention(h, self.attention.keys_values(h), mask)
+        )
+        return self._residual(x, self.ffn_norm, self.ffn), None
+
+
+class DecoderLayer(_Layer):
+    """Self-attention by plan, cross-attention, feed-forward; all streams share the weights.
+
+    Each method has the shape `scan` wants: (carry, what differs by layer, what all layers share).
+    """
+
+    def setup(self) -> None:
+        self.attention, self.attention_norm = Attention(self.config), layer_norm(self.config)
+        self.cross, self.cross_norm = Attention(self.config), layer_norm(self.config)
+        self.ffn, self.ffn_norm = FeedForward(self.config), layer_norm(self.config)
+        self.drop = _dropout(self, self.config.dropout)
+
+    def __call__(
+        self, x: jax.Array, _: None, shared: tuple[Plan, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        """All slots of all streams at once, the source projected here (training, scoring).
+
+        x: [R, N, D].  shared: the plan, encoded source [B, S, D], source mask [B, 1, S].
+        """
+        plan, encoded, source_mask = shared
+        x = self._self_attention(x, plan)
+        return self._rest(x, self.cross.keys_values(encoded), source_mask), None
+
+    def memory(self, encoded: jax.Array, _: None, __: None) -> tuple[jax.Array, KeysValues]:
+        """Encoded source [B, S, D] -> its keys and values for this layer's cross-attention."""
+        return encoded, self.cross.keys_values(encoded)
+
+    def remembered(
+        self, x: jax.Array, cache: LayerCache, shared: tuple[Plan, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        """As `__call__`, with the source already projected (mask-predict's passes)."""
+        plan, source_mask = shared
+        return self._rest(self._self_attention(x, plan), cache.memory, source_mask), None
+
+    def step(
+        self, x: jax.Array, cache: LayerCache, shared: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, KeysValues]:
+        """One AR step.  x: [R, 1 or 2, D], the content slot and, if any, the query slot.
+
+        Only the content slot is cached, once: every slot attends the cached content up to `index`.
+        shared: index (int32 scalar, the slot's place), source mask [B, 1, S].
+        """
+        index, source_mask = shared
+        assert cache.content is not None
+        updated: list[KeysValues] = []
+
+        def attention(h: jax.Array) -> jax.Array:
+            new = self.attention.keys_values(h[:, :1])
+            kv = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), index, axis=1)
+                for old, fresh in zip(cache.content, new, strict=True)  # type: ignore[arg-type]
+            )
+            updated.append((kv[0], kv[1]))
+            seen = (jnp.arange(kv[0].shape[1]) <= index)[None, None, :]
+            return self.attention(h, updated[0], seen)
+
+        x = self._residual(x, self.attention_norm, attention)
+        return self._rest(x, cache.memory, source_mask), updated[0]
+
+    def _self_attention(self, x: jax.Array, plan: Plan) -> jax.Array:
+        def attention(h: jax.Array) -> jax.Array:
+            q = self.attention.queries(h)
+            content = [h[:, a:b] for a, b in plan.content]
+            k, v = self.attention.keys_values(jnp.concatenate(content, axis=1))
+            seen = []
+            for block in plan.blocks:
+                (qa, qb), (ka, kb) = block.queries, block.keys
+                seen.append(self.attention.gather(q[:, qa:qb], (k[:, ka:kb], v[:, ka:kb]), block.mask))
+            return self.attention.out(jnp.concatenate(seen, axis=1))
+
+        return self._residual(x, self.attention_norm, attention)
+
+    def _rest(self, x: jax.Array, memory: KeysValues, source_mask: jax.Array) -> jax.Array:
+        def cross(h: jax.Array) -> jax.Array:
+            # Beams and candidates of a sentence are further slots that look at the same source.
+            by_sentence = h.reshape(memory[0].shape[0], -1, h.shape[-1])
+            return self.cross(by_sentence, memory, source_mask).reshape(h.shape)
+
+        x = self._residual(x, self.cross_norm, cross)
+        return self._residual(x, self.ffn_norm, self.ffn)
+
+
+def stack(layer: type[_Layer], config: ModelConfig, depth: int, methods: tuple[str, ...]) -> nn.Module:
+    """`depth` layers as one module with parameters stacked on a leading axis [L, ...].
+
+    `scan_layers` compiles one layer and loops over it; without it the loop is unrolled.  The
+    parameters, and the results, are the same.
+    """
+    body = nn.remat(layer, prevent_cse=not config.scan_layers) if config.remat else layer
+    return nn.scan(
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast),
+        length=depth,
+        unroll=1 if config.scan_layers else depth,
+        methods=methods,
+    )(config)
+
+
+def layer_norm(config: ModelConfig) -> nn.Module:
+    """Layer norm over D, statistics in float32."""
+    return nn.LayerNorm(epsilon=config.norm_eps, dtype=jnp.dtype(config.dtype))
+
+
+def sinusoidal_positions(positions: jax.Array, dim: int) -> jax.Array:
+    """Fixed sine and cosine table rows: [..] int -> [.., D] float32 (Vaswani et al. 2017, fairseq's order)."""
+    half = dim // 2
+    rates = jnp.exp(-jnp.log(10_000.0) / max(half - 1, 1) * jnp.arange(half))
+    angles = positions[..., None].astype(jnp.float32) * rates
+    rows = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(rows, [(0, 0)] * positions.ndim + [(0, dim % 2)])
+
+
+def _dropout(module: nn.Module, rate: float) -> Callable[[jax.Array], jax.Array]:
+    """Dropout that is on exactly when a "dropout" key was given."""
+    if rate == 0.0 or not module.has_rng("dropout"):
+        return lambda x: x
+    return nn.Dropout(rate, deterministic=False)

@@ -1,0 +1,162 @@
+"""`janus-jax prepare`: the data set, the vocabulary and the encoded splits of a run.
+
+Whatever is there already is checked and kept, so a second run does nothing but say so.
+Room: shell.  Composes data and text; prints to the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich import progress as bars
+from rich.console import Console
+from rich.table import Table
+
+from janus_jax.config import Config
+from janus_jax.data import encoded, sources
+from janus_jax.data.catalogue import Progress
+from janus_jax.data.encoded import EncodedSource
+from janus_jax.data.pipeline import BatchPlan
+from janus_jax.data.sources import DatasetReport
+from janus_jax.text import INFO_FILE, MODEL_FILE, Vocabulary, VocabularyError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` found or made; `fresh` names the parts that it made."""
+
+    dataset: DatasetReport
+    vocabulary: Vocabulary
+    splits: dict[str, EncodedSource]
+    fresh: tuple[str, ...]
+
+
+def data_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    """Where the prepared data of a run lie."""
+    return pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
+
+
+def load_split(config: Config, workdir: pathlib.Path, vocabulary: Vocabulary, split: str) -> EncodedSource:
+    """A prepared split as token ids, encoded now if it is not yet.
+
+    Raises:
+      DataError: the data set is not prepared or has no such split.
+    """
+    folder = data_folder(config, workdir)
+    return encoded.encode_split(sources.open_split(config.data, folder, split), vocabulary, folder)
+
+
+def prepare(config: Config, workdir: pathlib.Path, console: Console | None = None) -> Prepared:
+    """Makes what training needs: the data set, `workdir`'s vocabulary, and the encoded splits.
+
+    Args:
+      config: sections data, vocab and batch, and of model the vocabulary size and ids.
+      workdir: the run's folder, made if needed.
+      console: where the report goes; standard output by default.
+
+    Raises:
+      DataError: data that cannot be used; the message names file, line or key.
+      VocabularyError: no vocabulary of this size can be trained, or `workdir` has another one.
+    """
+    console = console or Console()
+    folder = data_folder(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    wanted = dict.fromkeys((config.data.train_split, config.data.dev_split, config.data.test_split))
+    with _bars() as progress:
+        dataset = sources.prepare_dataset(config.data, folder, progress)
+        fresh = ["data set"] if dataset.fresh else []
+        pairs = {split: sources.open_split(config.data, folder, split) for split in wanted}
+        vocabulary = _existing_vocabulary(config, workdir)
+        if vocabulary is None:
+            progress("train vocabulary", 0, None)
+            text = (side for pair in pairs[config.data.train_split] for side in pair)
+            vocabulary = Vocabulary.train(text, config.vocab, config.model.vocab_size, config.model.ids)
+            vocabulary.save(workdir)
+            progress("train vocabulary", 1, 1)
+            fresh.append("vocabulary")
+        splits = {}
+        for split, source in pairs.items():
+            if not encoded.is_encoded(source, vocabulary, folder):
+                fresh.append(f"encoded {split}")
+            splits[split] = encoded.encode_split(source, vocabulary, folder, _about(progress, split))
+    prepared = Prepared(dataset, vocabulary, splits, tuple(fresh))
+    _report(config, prepared, console)
+    return prepared
+
+
+def _existing_vocabulary(config: Config, workdir: pathlib.Path) -> Vocabulary | None:
+    """The vocabulary in `workdir`, or None if it has none; an error if it is another one."""
+    if not ((workdir / MODEL_FILE).exists() and (workdir / INFO_FILE).exists()):
+        return None  # half a vocabulary is what a killed run left: it is made again
+    vocabulary = Vocabulary.load(workdir)
+    settings = {
+        "model.vocab_size": (len(vocabulary), config.model.vocab_size),
+        "model.ids": (vocabulary.ids, config.model.ids),
+        "vocab": (vocabulary.config, config.vocab),
+    }
+    differing = [f"{key} is {new} now, was {old}" for key, (old, new) in settings.items() if new != old]
+    if differing:
+        raise VocabularyError(
+            f"{workdir / MODEL_FILE} was made with other settings ({'; '.join(differing)}): "
+            "set them back, or use another workdir"
+        )
+    return vocabulary
+
+
+def _report(config: Config, prepared: Prepared, console: Console) -> None:
+    data, vocabulary = config.data, prepared.vocabulary
+    table = Table(title=f"{data.name} {data.source} -> {data.target}", title_justify="left")
+    for column in ("split", "pairs", "dropped", "empty", "over-long", "tokens/source", "tokens/target"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    longest = config.batch.buckets[-1]
+    for split, counts in prepared.dataset.splits.items():
+        row = [split, f"{counts.pairs:,}", f"{counts.dropped:,}", f"{counts.empty:,}"]
+        if (examples := prepared.splits.get(split)) is not None:
+            row[1] = f"{len(examples):,}"
+            row.append(f"{int((examples.lengths > longest).sum()):,}")
+            row += [f"{x.mean():.1f}" for x in (examples.source_lengths, examples.target_lengths)]
+        table.add_row(*row)
+    console.print(table)
+
+    plan = BatchPlan(prepared.splits[data.train_split].lengths, config.batch, seed=config.seed)
+    shapes = Table(title="training batches", title_justify="left")
+    for column in ("length", "rows", "padding"):
+        shapes.add_column(column, justify="right")
+    padding = plan.padding()
+    for rows, length in plan.shapes:
+        shapes.add_row(str(length), str(rows), f"{padding[length]:.0%}")
+    console.print(shapes)
+    console.print(f"{plan.batches_per_epoch:,} batches an epoch, up to {config.batch.tokens:,} slots a side")
+    if len(plan.overlong):
+        console.print(
+            f"[yellow]over-long training pairs, not trained on: {len(plan.overlong):,} "
+            f"(the last of batch.buckets is {longest})[/]"
+        )
+    console.print(f"vocabulary: {len(vocabulary):,} entries, sha256 {vocabulary.sha256[:16]}")
+    if prepared.fresh:
+        console.print(f"made: {', '.join(prepared.fresh)}")
+    else:
+        console.print("nothing to do: data set, vocabulary and encoded splits were already there")
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Progress]:
+    """Progress bars on standard error, one for each thing that is reported."""
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
+    console = Console(stderr=True)
+    with bars.Progress(*columns, bars.TimeElapsedColumn(), console=console, transient=True) as shown:
+        tasks: dict[str, bars.TaskID] = {}
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total)
+            shown.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def _about(progress: Progress, split: str) -> Progress:
+    return lambda what, done, total: progress(f"{what} {split}", done, total)

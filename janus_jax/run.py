@@ -1,0 +1,160 @@
+"""The run directory: one folder that holds all there is to a run.
+
+  config.json      the whole configuration
+  versions.json    of the packages that trained it
+  vocab.model, vocab.json
+  data/            prepared data, unless data.dir names another place
+  metrics.jsonl, tensorboard/
+  checkpoints/
+  eval/            hypotheses and scores
+
+Decoding needs this folder and nothing else.
+
+Room: [disk].  Imports config, text, checkpoint and report.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from janus_jax import checkpoint, report
+from janus_jax.config import Config, ConfigError, differences, from_dict
+from janus_jax.text import Vocabulary
+
+# What may change between two starts of the same run; all other keys define it.
+FREE = ("data.dir", "data.raw_dir", "data.dev_split", "data.test_split", "batch.workers", "batch.prefetch")
+FREE_SECTIONS = ("train.", "decode.", "mesh.")
+FREE_MODEL = ("model.scan_layers", "model.remat")
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used; the message names it, what is wrong, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An existing run directory and its configuration."""
+
+    folder: Path
+    config: Config
+
+    @property
+    def data_folder(self) -> Path:
+        """Where its prepared data lies."""
+        return Path(self.config.data.dir).expanduser() if self.config.data.dir else self.folder / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints lie."""
+        return self.folder / "checkpoints"
+
+    def vocabulary(self) -> Vocabulary:
+        """Its vocabulary, checked against the configuration.
+
+        Raises:
+          RunError: it has other ids or another size than the model.
+        """
+        vocabulary = Vocabulary.load(self.folder)
+        if len(vocabulary) != self.config.model.vocab_size:
+            raise RunError(
+                f"{self.folder}: the vocabulary has {len(vocabulary)} entries, the model "
+                f"{self.config.model.vocab_size}; put back the vocab.model and vocab.json of this run"
+            )
+        return vocabulary
+
+    def params(self, which: str = "best") -> tuple[Any, str]:
+        """Parameters for decoding, and what they are, in words.
+
+        Args:
+          which: best | latest | a step | average:N, the mean of the newest N checkpoints.  The
+            exponential average is taken where the run keeps one.
+
+        Raises:
+          RunError: `which` is none of these.
+          checkpoint.NoCheckpointError: there is no such checkpoint.
+        """
+        part = "ema" if self.config.optim.ema else "params"
+        kind, _, number = which.partition(":")
+        if kind == "average" and number.isdigit():
+            found = checkpoint.average_params(self.checkpoints, int(number), part)
+            return found, f"average of the last {number} checkpoints"
+        if which not in ("best", "latest") and not which.isdigit():
+            raise RunError(f"--checkpoint must be best, latest, a step or average:N, got {which!r}")
+        wanted = int(which) if which.isdigit() else which
+        step = checkpoint.find_step(self.checkpoints, wanted)
+        return checkpoint.restore_params(self.checkpoints, step, part), f"step {step}"
+
+
+def open_run(folder: str | os.PathLike[str]) -> Run:
+    """An existing run directory.
+
+    Raises:
+      RunError: there is none, or its config.json cannot be read.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise RunError(
+            f"{folder} is not a run directory: it has no config.json; make one with "
+            f"janus-jax train --config=... --workdir={folder}"
+        )
+    try:
+        return Run(folder, from_dict(json.loads(path.read_text(encoding="utf-8"))))
+    except (ConfigError, ValueError) as error:
+        raise RunError(f"{path} cannot be used: {error}") from error
+
+
+def claim(folder: str | os.PathLike[str], config: Config) -> Run:
+    """The run directory `folder` for `config`, made if need be.
+
+    Settings that do not change what is learnt (cadences, decoding defaults, devices, places of data)
+    may differ from those it was made with, and are updated; the others may not.
+
+    Raises:
+      RunError: the folder belongs to another configuration; names every key that differs.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        old = open_run(folder).config
+        fixed = {k: v for k, v in differences(old, config).items() if not _free(k, config)}
+        if fixed:
+            lines = "\n".join(f"  {key}: {mine!r} there, {yours!r} asked for" for key, (mine, yours) in fixed.items())
+            raise RunError(
+                f"{folder} belongs to a run with another configuration:\n{lines}\n"
+                "choose another --workdir, or leave --config out to go on with that run"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_json(folder / "config.json", config.to_dict())
+    report.write_json(folder / "versions.json", report.versions())
+    return Run(folder, config)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process alone.
+
+    Raises:
+      RunError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{folder} is in use by another janus-jax process; wait for it, or choose another --workdir"
+            ) from None
+        yield
+
+
+def _free(key: str, config: Config) -> bool:
+    if key == "train.steps" and config.optim.schedule == "polynomial":
+        return False  # the schedule ends there
+    return key in (*FREE, *FREE_MODEL) or key.startswith(FREE_SECTIONS)

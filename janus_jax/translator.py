@@ -1,0 +1,297 @@
+"""Lines of text in, lines of text out: tokenise, bucket, decode in few shapes, put back in order.
+
+    from janus_jax import Translator
+    translate = Translator.from_run("runs/m30k")
+    translate(["Ein Hund rennt über die Wiese."], decode="nar", iterations=4)
+
+One line comes back for each line given, always and in order; the result of a line does not depend on
+the others.  A blank line yields an empty one without troubling the model; a line longer than the
+model was trained for is cut, and said so in `Report.cut`.
+
+Letters: B sentences of a decoding batch, S source length, T target slots.
+Room: composes [disk] run and [devices] mesh with the pure generate; used by the shells.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from janus_jax import losses, mesh, run
+from janus_jax.config import Config
+from janus_jax.generate import Generator, with_options
+from janus_jax.text import Vocabulary, clean_line
+
+MODES = ("ar", "nar")
+PARTIAL = 8  # a batch that is not full is padded to 1/8, 1/64, .. of the rows, so that shapes stay few
+
+
+class DecodeError(ValueError):
+    """A request that this model cannot serve; the message says why and what it can do."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One output for one line."""
+
+    text: str
+    score: float  # AR: sum of log p / length ** penalty; NAR: mean log p (or the AR score, if re-scored)
+    tokens: int  # generated, EOS not counted
+
+
+@dataclass
+class Report:
+    """What decoding a set of lines took."""
+
+    sentences: int = 0
+    tokens: int = 0  # generated target tokens, EOS not counted, of the best hypotheses
+    seconds: float = 0.0  # everything but compiling: tokenising, transfer, decoding, detokenising
+    compile_seconds: float = 0.0
+    batches: int = 0
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
+    passes: int = 0  # NAR: decoder passes, summed over sentences
+    cut: list[tuple[int, int, int]] = field(default_factory=list)  # line (from 0), its tokens, tokens kept
+
+    def speed(self) -> dict[str, float]:
+        """Rates without compile time, as shown in tables and kept in JSON."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "sentences_per_s": self.sentences / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a refinement: what each slot holds after it."""
+
+    tokens: list[str]
+    confidence: list[float]  # probability when it was filled
+    filled: list[bool]  # whether this pass filled the slot
+
+
+class Translator:
+    """A trained model ready to decode; compiled once per shape and kept."""
+
+    def __init__(self, params: Any, config: Config, vocabulary: Vocabulary, *, name: str = "") -> None:
+        """Lays `params` on all devices.  `name` says what they are, for reports."""
+        self.config, self.vocabulary, self.name = config, vocabulary, name
+        self._mesh = mesh.make_mesh(config.mesh.data)
+        self._params = jax.device_put(params, mesh.replicated(self._mesh))
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    @classmethod
+    def from_run(cls, workdir: str | os.PathLike[str], checkpoint: str = "best") -> Translator:
+        """The model of a run directory.
+
+        Args:
+          workdir: the folder that `janus-jax train` wrote.
+          checkpoint: best | latest | a step | average:N.
+        """
+        opened = run.open_run(workdir)
+        params, name = opened.params(checkpoint)
+        return cls(params, opened.config, opened.vocabulary(), name=name)
+
+    def set_params(self, params: Any) -> None:
+        """Other parameters of the same model; what is compiled stays."""
+        self._params = jax.device_put(params, mesh.replicated(self._mesh))
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """What this model was trained for: ("ar",), ("nar",) or both."""
+        needed = losses.streams_needed(self.config.loss)
+        return tuple(mode for mode in MODES if needed[mode])
+
+    def __call__(self, lines: Sequence[str], decode: str = "ar", **options: Any) -> list[str]:
+        """The translation of each line; see `decode` for the options."""
+        return [found[0].text for found in self.decode(lines, decode, **options)[0]]
+
+    def decode(
+        self,
+        lines: Sequence[str],
+        decode: str = "ar",
+        *,
+        nbest: int = 1,
+        batch_size: int | None = None,
+        on_batch: Callable[[int], None] = lambda sentences: None,
+        **options: Any,
+    ) -> tuple[list[list[Hypothesis]], Report]:
+        """Hypotheses of each line, best first, and what it took.
+
+        Args:
+          lines: text; blanks at the ends and in a row do not matter.
+          decode: "ar" (beam search) or "nar" (mask-predict).
+          nbest: hypotheses a line, at most the beam or the length candidates.
+          batch_size: most sentences decoded together; default what `decode.tokens` slots hold.
+          on_batch: called with the number of lines done after each batch.
+          **options: any key of the config section `decode`, such as beam, iterations or candidates.
+
+        Raises:
+          DecodeError: a mode that this model was not trained for, or nbest beyond what there is.
+          ValueError: an option that does not exist.
+        """
+        generator = self._generator(decode, options)
+        width = generator.decode.beam if decode == "ar" else generator.decode.candidates
+        if not 1 <= nbest <= width:
+            what = "beam" if decode == "ar" else "candidates"
+            raise DecodeError(f"nbest = {nbest} needs {what} of at least that; it is {width}")
+        report, start = Report(sentences=len(lines)), time.perf_counter()
+        found: list[list[Hypothesis]] = [[Hypothesis("", 0.0, 0)] for _ in lines]
+        sources = self._encode(lines, report)
+        on_batch(len(lines) - len(sources))
+        for length, chunk in self._chunks(sources, width, generator, batch_size):
+            rows = self._rows(len(chunk), self._most_rows(length, width, generator, batch_size))
+            source = np.full((rows, length), generator.model.ids.pad, np.int32)
+            for row in range(rows):
+                ids = sources[chunk[min(row, len(chunk) - 1)]]  # a filler row repeats the last sentence
+                source[row, : len(ids)] = ids
+            run_batch = self._run_ar if decode == "ar" else self._run_nar
+            tokens, scores, passes = run_batch(generator, source, report)
+            for row, line in enumerate(chunk):
+                found[line] = self._read(tokens[row], scores[row], nbest)
+                report.tokens += found[line][0].tokens
+                report.passes += int(passes[row])
+            report.batches += 1
+            on_batch(len(chunk))
+        report.seconds = time.perf_counter() - start - report.compile_seconds
+        return found, report
+
+    def refine(self, line: str, **options: Any) -> tuple[str, list[Pass]]:
+        """How mask-predict writes one line: the result, and the winning candidate after each pass."""
+        generator = self._generator("nar", {"early_stop": False, **options})
+        report = Report()
+        encoded = self._encode([line], report)
+        if not encoded:
+            return "", []
+        source = np.asarray([encoded[0]], np.int32)
+        memory, lengths = jax.jit(generator.remember)(self._params, source)
+        slots = int(np.max(lengths))
+        decode = jax.jit(functools.partial(generator.non_autoregressive, slots=slots, history=True))
+        choice, result = jax.device_get(decode(self._params, memory, lengths))
+        winner, n = int(choice.candidate[0]), int(choice.lengths[0])
+        passes = []
+        filled = np.ones(slots, bool)
+        for tokens, log_probs, remasked in zip(*result.history, strict=True):
+            inner = slice(1, n - 1)
+            passes.append(
+                Pass(
+                    tokens=self.vocabulary.pieces(tokens[0, winner, inner]),
+                    confidence=np.exp(log_probs[0, winner, inner]).tolist(),
+                    filled=filled[inner].tolist(),
+                )
+            )
+            filled = remasked[0, winner]
+        return clean_line(self.vocabulary.decode(choice.tokens[0])), passes
+
+    def _generator(self, decode: str, options: dict[str, Any]) -> Generator:
+        if decode not in MODES:
+            raise DecodeError(f"decode must be one of {', '.join(MODES)}, got {decode!r}")
+        if decode not in self.modes:
+            raise DecodeError(
+                f"this model was trained with objective {self.config.loss.objective!r} and decodes "
+                f"{self.modes[0]} only; train with loss.objective = janus for both"
+            )
+        return Generator(self.config.model, with_options(self.config.decode, **options))
+
+    def _encode(self, lines: Sequence[str], report: Report) -> dict[int, list[int]]:
+        """Token ids of the lines that are not blank, cut to the largest bucket."""
+        longest = self.config.batch.buckets[-1]
+        sources = {}
+        for number, line in enumerate(lines):
+            ids = self.vocabulary.encode(line)
+            if len(ids) <= 2:
+                continue
+            if len(ids) > longest:
+                report.cut.append((number, len(ids), longest))
+                ids = [*ids[: longest - 1], ids[-1]]
+            sources[number] = ids
+        return sources
+
+    def _chunks(
+        self, sources: dict[int, list[int]], width: int, generator: Generator, batch_size: int | None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(bucket, numbers of the lines decoded together), short lines first."""
+        by_length = sorted(sources, key=lambda n: (len(sources[n]), n))
+        start = 0
+        for length in self.config.batch.buckets:
+            end = start
+            while end < len(by_length) and len(sources[by_length[end]]) <= length:
+                end += 1
+            most = self._most_rows(length, width, generator, batch_size)
+            for first in range(start, end, most):
+                yield length, by_length[first : min(first + most, end)]
+            start = end
+
+    def _most_rows(self, length: int, width: int, generator: Generator, batch_size: int | None) -> int:
+        rows = max(1, generator.decode.tokens // (length * width))
+        return min(rows, batch_size) if batch_size else rows
+
+    def _rows(self, sentences: int, most: int) -> int:
+        """Rows of the batch for so many sentences: one of few sizes, and a multiple of the devices."""
+        rows = most
+        while rows // PARTIAL >= sentences:
+            rows //= PARTIAL
+        share = mesh.data_parallelism(self._mesh)
+        return -(-rows // share) * share
+
+    def _run_ar(
+        self, generator: Generator, source: np.ndarray, report: Report
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[B, S] -> tokens [B, beam, T], scores [B, beam], passes [B]."""
+        placed = mesh.global_batch(self._mesh, {"source": source})["source"]
+        result = self._call(generator.autoregressive, (), report, self._params, placed)
+        tokens, scores = jax.device_get((result.tokens, result.scores))
+        return tokens, scores, np.zeros(len(source))
+
+    def _run_nar(
+        self, generator: Generator, source: np.ndarray, report: Report
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[B, S] -> tokens [B, candidates, T], best first, scores, passes of the best [B].
+
+        The lengths are read back between two compiled parts, so that the canvas is no larger than
+        the longest candidate of this batch needs.
+        """
+        placed = mesh.global_batch(self._mesh, {"source": source})["source"]
+        memory, lengths = self._call(generator.remember, (), report, self._params, placed)
+        longest = int(jax.device_get(lengths).max())
+        most = generator.slots(source.shape[1]) + 1
+        slots = min([b for b in self.config.batch.buckets if longest <= b < most], default=most)
+        decode = functools.partial(generator.non_autoregressive, slots=slots)
+        _, result = self._call(decode, (slots,), report, self._params, memory, lengths)
+        tokens, scores, passes = jax.device_get((result.tokens, result.scores, result.passes))
+        order = np.argsort(-scores, axis=1, kind="stable")  # of equals the first, as `choose` has it
+        best = (np.take_along_axis(x, order, 1) for x in (scores, passes))
+        scores, passes = best
+        return np.take_along_axis(tokens, order[..., None], 1), scores, passes[:, 0]
+
+    def _call(self, function: Callable[..., Any], key: tuple[Any, ...], report: Report, *args: Any) -> Any:
+        """Calls the compiled form of `function`, which is made once per shape; counts compile time apart."""
+        base = getattr(function, "func", function)
+        shapes = tuple(x.shape for x in jax.tree.leaves(args[1:]))
+        full_key = (base.__self__, base.__name__, key, shapes)
+        if full_key not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[full_key] = jax.jit(function).lower(*args).compile()
+            report.compile_seconds += time.perf_counter() - start
+        report.shapes.add((*shapes[0], *key))
+        return self._compiled[full_key](*args)
+
+    def _read(self, tokens: np.ndarray, scores: np.ndarray, nbest: int) -> list[Hypothesis]:
+        """Hypotheses of one sentence, best first; those that do not exist are left out."""
+        ids = self.config.model.ids
+        found = []
+        for row, score in zip(tokens[:nbest], scores[:nbest], strict=True):
+            if np.isfinite(score) or not found:
+                count = int(np.sum((row != ids.pad) & (row != ids.eos) & (row != ids.bos)))
+                # A byte piece may spell a line break; an answer is one line.
+                found.append(Hypothesis(clean_line(self.vocabulary.decode(row)), float(score), count))
+        return found

@@ -1,0 +1,471 @@
+"""Metric files that survive kill -9, output with and without a terminal, pictures without warnings."""
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import signal
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from janus_jax import report
+from janus_jax.report import (
+    MetricsWriter,
+    ReportError,
+    Timer,
+    comparable,
+    peak_memory,
+    plot_quality_speed,
+    plot_refinement,
+    plot_training,
+    progress,
+    read_metrics,
+    refinement_text,
+    table,
+    versions,
+    write_json,
+)
+
+# -- numbers ------------------------------------------------------------------------------------------
+
+
+def _train(folder, first, last, resume_step=-1):
+    """Rows as a run of steps first..last would write them; loss is a function of the step alone."""
+    with MetricsWriter(folder, tensorboard=False, resume_step=resume_step) as writer:
+        for step in range(first, last + 1):
+            writer.write(
+                step, "train", {"loss": np.float32(1 / step), "lr": 0.1 * step}, {"s": os.getpid() * 0.1}
+            )
+            if step % 4 == 0:
+                writer.write(step, "dev", {"bleu_ar": 3.0 * step})
+
+
+def test_rows_come_back_as_written(tmp_path):
+    with MetricsWriter(tmp_path / "run", tensorboard=False) as writer:
+        writer.write(1, "train", {"loss": 0.1 + 0.2, "n": np.int32(7)}, {"step_s": 0.25})
+        writer.write(1, "event", {"what": "grüße 🙂", "ok": True, "none": None})
+    assert read_metrics(tmp_path / "run") == [
+        {"step": 1, "kind": "train", "metrics": {"loss": 0.1 + 0.2, "n": 7}, "timing": {"step_s": 0.25}},
+        {"step": 1, "kind": "event", "metrics": {"what": "grüße 🙂", "ok": True, "none": None}, "timing": {}},
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", [np.float32(0.1), np.float32(1e-38), 1 / 3, 5e-324, -0.0, 1.7976931348623157e308]
+)
+def test_floats_keep_every_bit(tmp_path, value):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, "train", {"x": value})
+    back = read_metrics(tmp_path)[0]["metrics"]["x"]
+    assert struct.pack("d", back) == struct.pack("d", float(value))
+
+
+def test_nan_and_infinity_are_valid_json(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, "train", {"a": math.nan, "b": np.float32(np.inf), "c": -math.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    strict = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert strict["metrics"] == {"a": None, "b": None, "c": None}
+
+
+def test_resume_gives_the_rows_of_an_uninterrupted_run(tmp_path):
+    _train(tmp_path / "whole", 1, 12)
+    _train(tmp_path / "cut", 1, 9)
+    file = tmp_path / "cut" / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-20])  # died while writing
+    _train(tmp_path / "cut", 5, 12, resume_step=4)
+    assert comparable(read_metrics(tmp_path / "cut")) == comparable(read_metrics(tmp_path / "whole"))
+    assert all("timing" not in row for row in comparable(read_metrics(tmp_path / "cut")))
+    assert [p.name for p in (tmp_path / "cut").iterdir()] == ["metrics.jsonl"]  # no temporary file stays
+
+
+def test_a_fresh_start_keeps_nothing_of_a_run_that_never_saved(tmp_path):
+    _train(tmp_path, 1, 3)
+    _train(tmp_path, 1, 2)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_kill_minus_nine_loses_no_row(tmp_path):
+    code = f"""
+import os, signal
+from janus_jax.report import MetricsWriter
+writer = MetricsWriter({str(tmp_path)!r}, tensorboard=False)
+for step in range(5):
+    writer.write(step, "train", {{"loss": step / 3}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [r["metrics"]["loss"] for r in read_metrics(tmp_path)] == [s / 3 for s in range(5)]
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 9, "ki', b"\x00\x00\x00", b'{"step": 9}\n', b"\xff\n"])
+def test_a_half_written_last_line_is_dropped(tmp_path, tail):
+    _train(tmp_path, 1, 2)
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + tail)
+    assert len(read_metrics(tmp_path)) == 2
+    MetricsWriter(tmp_path, tensorboard=False, resume_step=2).close()
+    assert file.read_bytes() == whole
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    _train(tmp_path, 1, 3)
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], "garbage", *lines[1:]]) + "\n")
+    with pytest.raises(ReportError, match=r"metrics\.jsonl:2: damaged row"):
+        read_metrics(tmp_path)
+    with pytest.raises(ReportError, match="no metrics here"):
+        read_metrics(tmp_path / "nowhere")
+
+
+def test_a_full_disk_and_an_unwritable_folder_are_clear_errors(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.close()
+    with open("/dev/full", "ab", buffering=0) as full:
+        writer._file = full
+        with pytest.raises(ReportError, match=r"cannot write .*metrics\.jsonl: No space left"):
+            writer.write(1, "train", {"loss": 1.0})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ReportError, match="cannot write"):
+        MetricsWriter(tmp_path / "file" / "run", tensorboard=False)
+
+
+def test_unusable_rows_are_named(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        with pytest.raises(ReportError, match=r"kind must be one of train, dev, event, got 'test'"):
+            writer.write(1, "test", {})
+        with pytest.raises(ReportError, match=r"metrics\.loss must be a number"):
+            writer.write(1, "train", {"loss": np.zeros(3)})
+    assert read_metrics(tmp_path) == []
+
+
+def _scalars(folder):
+    """What TensorBoard would read: {(tag, step): value} and the steps at which a session starts."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found, starts = {}, []
+    for path in sorted(folder.iterdir()):
+        data, place = path.read_bytes(), 0
+        while place < len(data):
+            (length,) = struct.unpack_from("<Q", data, place)
+            event = Event.FromString(data[place + 12 : place + 12 + length])
+            place += 12 + length + 4
+            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            starts += [event.step] if event.HasField("session_log") else []
+    return found, starts
+
+
+def test_tensorboard_holds_the_same_numbers_and_purges_on_resume(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.write(5, "train", {"loss": 2.5, "what": "text"}, {"step_s": 0.25})
+        writer.write(6, "dev", {"bleu_ar": 31.5})
+        before_close, starts = _scalars(tmp_path / "tensorboard")
+    assert before_close == {
+        ("train/loss", 5): 2.5,
+        ("train_timing/step_s", 5): 0.25,
+        ("dev/bleu_ar", 6): 31.5,
+    }
+    assert starts == []
+    MetricsWriter(tmp_path, tensorboard=True, resume_step=5).close()
+    assert _scalars(tmp_path / "tensorboard")[1] == [6]
+
+
+def test_write_json_is_whole_or_absent(tmp_path):
+    write_json(tmp_path / "a" / "x.json", {"b": (1, 2.5), "c": np.float32(np.nan), "p": pathlib.Path("q")})
+    assert json.loads((tmp_path / "a" / "x.json").read_text()) == {"b": [1, 2.5], "c": None, "p": "q"}
+    with pytest.raises(ReportError, match=r"b\.c\[1\] must be a number"):
+        write_json(tmp_path / "a" / "x.json", {"b": {"c": [1, object()]}})
+    assert json.loads((tmp_path / "a" / "x.json").read_text())["p"] == "q"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ReportError, match="cannot write"):
+        write_json(tmp_path / "folder", {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder"]
+
+
+def test_versions_and_memory():
+    found = versions()
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["numpy"] == np.__version__
+    assert {"janus-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"} <= set(found)
+    assert peak_memory().host > 20e6
+    assert peak_memory(None, {}).device is None
+    assert peak_memory({"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 9}).device == 9
+
+
+# -- stopwatch ----------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that only moves when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_timer_adds_up_spans_and_starts_again():
+    clock = Clock()
+    timer = Timer(clock)
+    for _ in range(2):
+        with timer("data"):
+            clock.now += 1
+    with contextlib.suppress(KeyError), timer("step"):
+        clock.now += 5
+        raise KeyError
+    assert timer.totals() == {"data": 2, "step": 5}
+    assert timer.take() == {"data": 2, "step": 5}
+    assert timer.take() == {}
+
+
+# -- terminal -----------------------------------------------------------------------------------------
+
+
+def test_progress_in_a_pipe_is_a_plain_line_every_ten_seconds(capsys):
+    clock = Clock()
+    with progress(1000, "train [M]", start=400, clock=clock) as p:
+        for step in range(401, 501):
+            clock.now += 0.5
+            p.update(step, loss=1 / 3, **{"tok/s": 12345.6})
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 5  # 50 seconds
+    assert lines[-1] == "train [M]   500/1,000   50%   2 step/s   ETA 0:04:10   loss 0.3333   tok/s 12,346"
+    assert "\x1b" not in captured.err
+    assert "\r" not in captured.err
+
+
+def test_progress_says_where_it_stopped_also_when_broken_off(capsys):
+    clock = Clock()
+    with contextlib.suppress(KeyError), progress(None, "decode", unit="sentence", clock=clock) as p:
+        p.advance(3)
+        clock.now += 4
+        p.say("a note [M]")
+        p.advance(1)
+        raise KeyError
+    assert capsys.readouterr().err.splitlines() == ["a note [M]", "decode   4   4 s/sentence"]
+
+
+def test_progress_rate_leaves_out_the_first_step_which_compiles(capsys):
+    clock = Clock()
+    with progress(100, "train", clock=clock) as p:
+        clock.now += 60
+        p.advance()
+        assert "ETA" not in p.status()
+        clock.now += 1
+        p.advance()
+        assert p.status() == "2/100   2%   1 step/s   ETA 0:01:38"
+    capsys.readouterr()
+
+
+def test_progress_on_a_terminal_is_one_live_bar():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    console = Console(
+        file=Terminal(), force_terminal=True, width=100, color_system=None, _environ={"TERM": "xterm"}
+    )
+    with progress(10, "train", console=console) as p:
+        for _ in range(10):
+            p.advance(loss=0.5)
+        p.say("saved [1]")
+    text = console.file.getvalue()
+    assert "\x1b[" in text
+    assert "10/10   100%" in text
+    assert "saved [1]" in text
+
+
+def test_table_is_readable_in_a_pipe(capsys):
+    long = "x" * 150
+    table(
+        "Scores [M]",
+        ["mode [T]", "BLEU", "n"],
+        [["AR [beam]", 37.126, 1000], [long, None, 2], ["c", 0.0123, 3]],
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "Scores [M]"
+    assert long in "\n".join(lines)  # neither cut nor folded
+    header, first, _, third = (
+        next(x for x in lines if key in x) for key in ("BLEU", "37.13", long, "0.0123")
+    )
+    assert header.index("BLEU") + 4 == first.index("37.13") + 5 == third.index("0.0123") + 6  # right-aligned
+    assert header.index("mode [T]") == first.index("AR [beam]")
+    assert "1,000" in first
+    assert "\x1b" not in "".join(lines)
+
+
+def _history(final, passes):
+    """A refinement: every pass predicts what the last left masked, most confident from the left."""
+    n = len(final)
+    history = []
+    masked = [True] * n
+    for t in range(passes):
+        tokens = [f if not m or t == passes - 1 else final[0] for f, m in zip(final, masked, strict=True)]
+        confidence = [min(1.0, (t + 1) / passes * (j + 1) / n) for j in range(n)]
+        history.append({"tokens": tokens, "confidence": confidence, "masked_before": masked})
+        masked = [j < n * (passes - 1 - t) // passes for j in range(n)]
+    return history
+
+
+def test_refinement_as_text():
+    assert refinement_text(_history(["▁a", "▁漢", "c\n"], 2), source="S", output="O") == (
+        "source  S\n"
+        "\n"
+        " 1 in   ·    ·    ·\n"
+        " 1 out  [▁a] [▁a] [▁a]\n"
+        "\n"
+        " 2 in   ·    ▁a   ▁a\n"
+        " 2 out  [▁a] ▁漢  c□\n"
+        "\n"
+        "output  O\n"
+    )
+
+
+def test_refinement_text_breaks_wide_sentences_into_blocks_that_lose_nothing():
+    final = [f"▁piece{j}" for j in range(30)]
+    text = refinement_text(_history(final, 3), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert set(final) <= set(text.replace("[", " ").replace("]", " ").split())
+    assert text.count(" 1 in ") == text.count(" 3 out") > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": ["a"]}, "pass 2: .* lengths .1, 2, 2., expected 2"),
+        ({"confidence": [-0.5, 0.5]}, "pass 2: confidences are probabilities"),
+        ({"confidence": [math.nan, 0.5]}, "pass 2: confidences are probabilities"),
+    ],
+)
+def test_unusable_histories_are_named(change, message, tmp_path):
+    history = _history(["a", "b"], 2)
+    history[1] |= change
+    with pytest.raises(ReportError, match=message):
+        refinement_text(history)
+    with pytest.raises(ReportError, match=message):
+        plot_refinement(history, tmp_path / "x.png")
+    with pytest.raises(ReportError, match="at least one pass"):
+        refinement_text([])
+
+
+# -- pictures -----------------------------------------------------------------------------------------
+
+
+def _size(path):
+    """Width and height of a PNG, which must not be of one colour."""
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(path)
+    assert pixels.std() > 0.01
+    return pixels.shape[1], pixels.shape[0]
+
+
+def _row(step, kind, **metrics):
+    return {"step": step, "kind": kind, "metrics": metrics, "timing": {}}
+
+
+def test_training_curves_with_missing_terms_gaps_and_several_runs(tmp_path):
+    janus = [
+        _row(s, "train", loss=9 / s, nll_ar=5 / s, nll_nar=6 / s, kl_ar_aux=0.1, grad_norm=s)
+        for s in (1, 2, 3)
+    ]
+    janus += [
+        _row(2, "dev", nll_ar=3.0, bleu_ar=20.0, bleu_nar=None),
+        _row(3, "dev", bleu_ar=None, bleu_nar=9.0),
+    ]
+    janus += [_row(3, "train", loss=None, nll_ar=1.0, grad_norm=None), _row(3, "event", what="stopped")]
+    ar = [_row(1, "train", loss=4.0, nll_ar=4.0)]
+    plot_training({"janus $a$ 漢": janus, "ar": ar}, tmp_path / "both.png")
+    plot_training(ar, tmp_path / "ar.png")
+    plot_training([_row(0, "train", loss=0.0)], tmp_path / "one.svg")
+    assert _size(tmp_path / "both.png")[1] > _size(tmp_path / "ar.png")[1]
+    assert b"<svg" in (tmp_path / "one.svg").read_bytes()
+    with pytest.raises(ReportError, match="nothing to draw"):
+        plot_training([_row(1, "event", what="x")], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_spike_does_not_flatten_a_curve():
+    low, high = report._robust_limits([1.0 + 0.01 * i for i in range(200)] + [1e6])
+    assert low < 1.0
+    assert 2.9 < high < 4
+    assert report._robust_limits([2.0])[0] < 2 < report._robust_limits([2.0])[1]
+
+
+@pytest.mark.parametrize("slots", [1, 5, 30])
+def test_refinement_picture_of_any_text(tmp_path, slots):
+    pieces = [
+        "▁the",
+        "s",
+        "▁Donaudampfschifffahrtsgesellschaftskapitän",
+        "🙂",
+        "漢字",
+        "$x_1$",
+        "\n",
+        "",
+        "\x00",
+    ]
+    final = [pieces[j % len(pieces)] for j in range(slots)]
+    text = "source 漢 $" + " word" * 80
+    plot_refinement(_history(final, 4), tmp_path / "r.png", title="A title 🙂", source=text, output="o" * 300)
+    width, height = _size(tmp_path / "r.png")
+    assert 900 < width < 2100
+    assert height < 2000
+
+
+def test_quality_speed_labels_do_not_overlap(tmp_path, monkeypatch):
+    notes = []
+    save = report._save
+
+    def spy(figure, path):
+        notes.extend(figure.axes[0].texts)
+        renderer = figure.canvas.get_renderer()
+        boxes = [n.get_window_extent(renderer) for n in notes]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        save(figure, path)
+
+    monkeypatch.setattr(report, "_save", spy)
+    near = [(20, 36.7), (21, 36.6), (22, 36.5), (60, 33.0), (61, 33.1), (150, 31.0), (400, 22.0)]
+    points = [
+        {"label": f"beam {i}", "group": "ab"[i % 2], "sentences_per_s": s, "bleu": b}
+        for i, (s, b) in enumerate(near)
+    ]
+    plot_quality_speed(points, tmp_path / "q.png", title="de→en")
+    assert len(notes) == len(points)
+    assert _size(tmp_path / "q.png")[0] > 900
+
+
+def test_quality_speed_takes_latency_and_names_what_is_missing(tmp_path):
+    point = {"label": "x", "group": "g", "bleu": 1.0}
+    plot_quality_speed([point | {"latency": 0.02}], tmp_path / "one.png")
+    for bad in ([], [point], [point | {"latency": 1.0}, point | {"sentences_per_s": 1.0}]):
+        with pytest.raises(ReportError, match="every point needs"):
+            plot_quality_speed(bad, tmp_path / "x.png")
+    with pytest.raises(ReportError, match="above 0"):
+        plot_quality_speed([point | {"latency": 0.0}], tmp_path / "x.png")
+    with pytest.raises(ReportError, match=r"use \.png"):
+        plot_quality_speed([point | {"latency": 1.0}], tmp_path / "x.nope")
+
+
+def test_confidence_colours_darken_evenly():
+    light = [report._luminance(report._confidence_colour(c / 10)) for c in range(11)]
+    assert all(a - b > 0.02 for a, b in itertools.pairwise(light))
+
+
+def test_pictures_are_imported_only_when_drawn():
+    code = "import sys, janus_jax.report; assert not {'matplotlib', 'tensorboardX', 'jax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
