@@ -71,7 +71,11 @@ class Generator:
         if width == 1:
             return beam.greedy_search(step, cache, limits, options)
         return beam.beam_search(
-            step, cache, limits, options, reorder=lambda c, parents: beam.reorder_beams(c, parents, batch_axis=1)
+            step,
+            cache,
+            limits,
+            options,
+            reorder=lambda c, parents: beam.reorder_beams(c, parents, batch_axis=1),
         )
 
     def non_autoregressive(
@@ -110,10 +114,9 @@ class Generator:
         would have given them.
         """
         logits = Janus(self.model).apply({"params": params}, tokens, memory, method="ar_pass")
-        log_p = jax.nn.log_softmax(logits[:, :, :-1], axis=-1)
-        truth = tokens[:, :, 1:]
-        real = truth != self.model.ids.pad
-        picked = jnp.take_along_axis(log_p, truth[..., None], axis=-1)[..., 0]
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+        real = (tokens != self.model.ids.pad).at[:, :, 0].set(False)  # BOS is given, not predicted
+        picked = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
         return jnp.sum(picked * real, axis=-1) / jnp.sum(real, axis=-1) ** self.decode.length_penalty
 
     def _banned(self, *, eos: bool) -> tuple[int, ...]:

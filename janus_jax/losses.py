@@ -27,7 +27,7 @@ DIVERGENCES = {"kl_nar_aux": ("nar", "aux"), "kl_ar_aux": ("ar", "aux"), "kl_ar_
 
 
 class Logits(Protocol):
-    """What a model returns; see `models.Outputs`."""
+    """What a model returns, [:, t] being a distribution of y_t; see `models.Outputs`."""
 
     ar: jax.Array | None
     nar: jax.Array | None
@@ -63,7 +63,9 @@ def streams_needed(config: LossConfig) -> dict[str, bool]:
     return needed
 
 
-def weights(target: jax.Array, masked: jax.Array, config: LossConfig, ids: SpecialIds) -> dict[str, jax.Array]:
+def weights(
+    target: jax.Array, masked: jax.Array, config: LossConfig, ids: SpecialIds
+) -> dict[str, jax.Array]:
     """The weight (number of items) of each term of the objective: a function of the batch alone."""
     tokens, real_rows = _items(target, ids)
     n_masked = jnp.sum(masked, dtype=jnp.float32)
@@ -81,7 +83,9 @@ def weights(target: jax.Array, masked: jax.Array, config: LossConfig, ids: Speci
     return {name: known[name] for name in coefficients(config)}
 
 
-def terms(outputs: Logits, target: jax.Array, masked: jax.Array, config: LossConfig, ids: SpecialIds) -> Terms:
+def terms(
+    outputs: Logits, target: jax.Array, masked: jax.Array, config: LossConfig, ids: SpecialIds
+) -> Terms:
     """Every term of the objective, and the plain negative log-likelihoods (`nll_*`) for the reader.
 
     Args:
@@ -109,8 +113,8 @@ def terms(outputs: Logits, target: jax.Array, masked: jax.Array, config: LossCon
 
     if "ar" in used:
         copies = 2 if config.objective == "rdrop" else 1
-        truth, item = (jnp.tile(x[:, 1:], (copies, 1)) for x in (target, tokens))
-        cross_entropy("ar", log_p["ar"][:, :-1], truth, item)
+        truth, item = (jnp.tile(x, (copies, 1)) for x in (target, tokens))
+        cross_entropy("ar", log_p["ar"], truth, item)
     for name in ("nar", "aux"):
         if name in used:
             cross_entropy(name, log_p[name], target, in_m)
@@ -122,12 +126,10 @@ def terms(outputs: Logits, target: jax.Array, masked: jax.Array, config: LossCon
         found["length"] = (-jnp.sum(picked * real_rows), weight["length"])
     for name, (left, right) in DIVERGENCES.items():
         if name in used:
-            # AR slot t predicts position t + 1; position 0 (BOS) is never masked.
-            p, q = (log_p[s][:, :-1] if s == "ar" else log_p[s][:, 1:] for s in (left, right))
-            found[name] = (jnp.sum(symmetric_kl(p, q) * in_m[:, 1:]), weight[name])
+            found[name] = (jnp.sum(symmetric_kl(log_p[left], log_p[right]) * in_m), weight[name])
     if "kl_rdrop" in used:
-        p, q = jnp.split(log_p["ar"][:, :-1], 2)
-        found["kl_rdrop"] = (jnp.sum(symmetric_kl(p, q) * tokens[:, 1:]), weight["kl_rdrop"])
+        p, q = jnp.split(log_p["ar"], 2)
+        found["kl_rdrop"] = (jnp.sum(symmetric_kl(p, q) * tokens), weight["kl_rdrop"])
     return found
 
 

@@ -28,6 +28,8 @@ from janus_jax import checkpoint, report
 from janus_jax.config import Config, ConfigError, differences, from_dict
 from janus_jax.text import Vocabulary
 
+BOUND = "vocabulary.sha256"  # beside the checkpoints: the vocabulary that they were made with
+
 # What may change between two starts of the same run; all other keys define it.
 FREE = ("data.dir", "data.raw_dir", "data.dev_split", "data.test_split", "batch.workers", "batch.prefetch")
 FREE_SECTIONS = ("train.", "decode.", "mesh.")
@@ -56,18 +58,33 @@ class Run:
         return self.folder / "checkpoints"
 
     def vocabulary(self) -> Vocabulary:
-        """Its vocabulary, checked against the configuration.
+        """Its vocabulary, checked against the configuration and against what the checkpoints were made with.
 
         Raises:
-          RunError: it has other ids or another size than the model.
+          VocabularyError: it cannot be read.
+          RunError: it has other ids or another size than the model, or is not the one of the checkpoints.
         """
         vocabulary = Vocabulary.load(self.folder)
-        if len(vocabulary) != self.config.model.vocab_size:
-            raise RunError(
-                f"{self.folder}: the vocabulary has {len(vocabulary)} entries, the model "
-                f"{self.config.model.vocab_size}; put back the vocab.model and vocab.json of this run"
-            )
+        for what, found, wanted in (
+            ("number of entries", len(vocabulary), self.config.model.vocab_size),
+            ("special ids", vocabulary.ids, self.config.model.ids),
+            ("sha256", vocabulary.sha256, self._bound_vocabulary() or vocabulary.sha256),
+        ):
+            if found != wanted:
+                raise RunError(
+                    f"{self.folder}: this is not the vocabulary of the model: {what} {found}, the model has "
+                    f"{wanted}; put back the vocab.model and vocab.json of this run"
+                )
         return vocabulary
+
+    def bind_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Keeps beside the checkpoints which vocabulary they are made with; call it before the first."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        (self.checkpoints / BOUND).write_text(vocabulary.sha256 + "\n", encoding="utf-8")
+
+    def _bound_vocabulary(self) -> str | None:
+        path = self.checkpoints / BOUND
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
     def params(self, which: str = "best") -> tuple[Any, str]:
         """Parameters for decoding, and what they are, in words.
@@ -106,7 +123,10 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
             f"janus-jax train --config=... --workdir={folder}"
         )
     try:
-        return Run(folder, from_dict(json.loads(path.read_text(encoding="utf-8"))))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ConfigError("it holds no configuration")
+        return Run(folder, from_dict(values))
     except (ConfigError, ValueError) as error:
         raise RunError(f"{path} cannot be used: {error}") from error
 
@@ -125,7 +145,9 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
         old = open_run(folder).config
         fixed = {k: v for k, v in differences(old, config).items() if not _free(k, config)}
         if fixed:
-            lines = "\n".join(f"  {key}: {mine!r} there, {yours!r} asked for" for key, (mine, yours) in fixed.items())
+            lines = "\n".join(
+                f"  {key}: {mine!r} there, {yours!r} asked for" for key, (mine, yours) in fixed.items()
+            )
             raise RunError(
                 f"{folder} belongs to a run with another configuration:\n{lines}\n"
                 "choose another --workdir, or leave --config out to go on with that run"

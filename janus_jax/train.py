@@ -190,7 +190,9 @@ class _Training:
             row_multiple=self.rows,
         )
 
-    def _update(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _update(
+        self, state: TrainState, batch: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One donated update, compiled once per batch shape."""
         step = functools.partial(train_step, config=self.config)
         return self.call("train", step, (state, batch), donate_argnums=0)
@@ -277,11 +279,15 @@ class _Dev:
         config = self.training.config
         terms: Counter[str] = Counter()
         weights: Counter[str] = Counter()
-        batches = eval_batches(self.examples, config.batch, row_multiple=mesh.data_parallelism(self.training.mesh))
+        batches = eval_batches(
+            self.examples, config.batch, row_multiple=mesh.data_parallelism(self.training.mesh)
+        )
         for batch in batches:
             placed = mesh.global_batch(self.training.mesh, batch)
             step = functools.partial(eval_step, config=config)
-            for name, (value, weight) in jax.device_get(self.training.call("dev", step, (params, placed))).items():
+            for name, (value, weight) in jax.device_get(
+                self.training.call("dev", step, (params, placed))
+            ).items():
                 terms[name] += float(value)
                 weights[name] += float(weight)
         found = {name: terms[name] / max(weights[name], 1.0) for name in terms}

@@ -14,6 +14,7 @@ Room: composes [disk] run and [devices] mesh with the pure generate; used by the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import time
@@ -25,8 +26,9 @@ import jax
 import numpy as np
 
 from janus_jax import losses, mesh, run
-from janus_jax.config import Config
+from janus_jax.config import Config, ConfigError, DecodeConfig, ModelConfig, from_dict
 from janus_jax.generate import Generator, with_options
+from janus_jax.models import init_params
 from janus_jax.text import Vocabulary, clean_line
 
 MODES = ("ar", "nar")
@@ -96,10 +98,17 @@ class Translator:
         Args:
           workdir: the folder that `janus-jax train` wrote.
           checkpoint: best | latest | a step | average:N.
+
+        Raises:
+          run.RunError: no run directory, another vocabulary, or a checkpoint of another model.
+          text.VocabularyError: the vocabulary cannot be read.
+          checkpoint.NoCheckpointError, checkpoint.CheckpointError: no such checkpoint, or a damaged one.
         """
         opened = run.open_run(workdir)
+        vocabulary = opened.vocabulary()
         params, name = opened.params(checkpoint)
-        return cls(params, opened.config, opened.vocabulary(), name=name)
+        _check_params(params, opened.config.model, opened)
+        return cls(params, opened.config, vocabulary, name=name)
 
     def set_params(self, params: Any) -> None:
         """Other parameters of the same model; what is compiled stays."""
@@ -110,6 +119,34 @@ class Translator:
         """What this model was trained for: ("ar",), ("nar",) or both."""
         needed = losses.streams_needed(self.config.loss)
         return tuple(mode for mode in MODES if needed[mode])
+
+    def options(self, decode: str, *, nbest: int = 1, **options: Any) -> DecodeConfig:
+        """What decoding would go by: the run's `decode` section with `options` in place of its own.
+
+        Raises:
+          DecodeError: a mode that this model was not trained for, an option that does not exist or has
+            an unusable value, or nbest beyond what there is.
+        """
+        if decode not in MODES:
+            raise DecodeError(f"decode must be one of {', '.join(MODES)}, got {decode!r}")
+        if decode not in self.modes:
+            raise DecodeError(
+                f"this model was trained with objective {self.config.loss.objective!r} and decodes "
+                f"{self.modes[0]} only; train with loss.objective = janus for both"
+            )
+        try:
+            effective = with_options(self.config.decode, **options)
+            effective = from_dict({"decode": dataclasses.asdict(effective)}).decode
+        except ConfigError as error:
+            raise DecodeError("; ".join(line.strip() for line in str(error).splitlines()[1:])) from error
+        except ValueError as error:
+            raise DecodeError(str(error)) from error
+        name = "beam" if decode == "ar" else "candidates"
+        if not 1 <= nbest <= getattr(effective, name):
+            raise DecodeError(
+                f"nbest = {nbest} needs {name} of at least that; it is {getattr(effective, name)}"
+            )
+        return effective
 
     def __call__(self, lines: Sequence[str], decode: str = "ar", **options: Any) -> list[str]:
         """The translation of each line; see `decode` for the options."""
@@ -136,14 +173,12 @@ class Translator:
           **options: any key of the config section `decode`, such as beam, iterations or candidates.
 
         Raises:
-          DecodeError: a mode that this model was not trained for, or nbest beyond what there is.
-          ValueError: an option that does not exist.
+          DecodeError: as `options`; or batch_size below 1.
         """
-        generator = self._generator(decode, options)
+        generator = Generator(self.config.model, self.options(decode, nbest=nbest, **options))
+        if batch_size is not None and batch_size < 1:
+            raise DecodeError(f"batch_size must be at least 1, got {batch_size}")
         width = generator.decode.beam if decode == "ar" else generator.decode.candidates
-        if not 1 <= nbest <= width:
-            what = "beam" if decode == "ar" else "candidates"
-            raise DecodeError(f"nbest = {nbest} needs {what} of at least that; it is {width}")
         report, start = Report(sentences=len(lines)), time.perf_counter()
         found: list[list[Hypothesis]] = [[Hypothesis("", 0.0, 0)] for _ in lines]
         sources = self._encode(lines, report)
@@ -167,19 +202,24 @@ class Translator:
 
     def refine(self, line: str, **options: Any) -> tuple[str, list[Pass]]:
         """How mask-predict writes one line: the result, and the winning candidate after each pass."""
-        generator = self._generator("nar", {"early_stop": False, **options})
+        generator = Generator(self.config.model, self.options("nar", **{"early_stop": False, **options}))
         report = Report()
         encoded = self._encode([line], report)
         if not encoded:
             return "", []
-        source = np.asarray([encoded[0]], np.int32)
-        memory, lengths = jax.jit(generator.remember)(self._params, source)
-        slots = int(np.max(lengths))
-        decode = jax.jit(functools.partial(generator.non_autoregressive, slots=slots, history=True))
-        choice, result = jax.device_get(decode(self._params, memory, lengths))
+        length = next(b for b in self.config.batch.buckets if b >= len(encoded[0]))
+        source = np.full((1, length), generator.model.ids.pad, np.int32)
+        source[0, : len(encoded[0])] = encoded[0]
+        source = jax.device_put(source, mesh.replicated(self._mesh))
+        memory, lengths = self._call(generator.remember, (), report, self._params, source)
+        slots = self._slots(lengths, length, generator)
+        decode = functools.partial(generator.non_autoregressive, slots=slots, history=True)
+        choice, result = jax.device_get(
+            self._call(decode, (slots, True), report, self._params, memory, lengths)
+        )
         winner, n = int(choice.candidate[0]), int(choice.lengths[0])
         passes = []
-        filled = np.ones(slots, bool)
+        filled = np.ones(slots, np.bool_)
         for tokens, log_probs, remasked in zip(*result.history, strict=True):
             inner = slice(1, n - 1)
             passes.append(
@@ -191,16 +231,6 @@ class Translator:
             )
             filled = remasked[0, winner]
         return clean_line(self.vocabulary.decode(choice.tokens[0])), passes
-
-    def _generator(self, decode: str, options: dict[str, Any]) -> Generator:
-        if decode not in MODES:
-            raise DecodeError(f"decode must be one of {', '.join(MODES)}, got {decode!r}")
-        if decode not in self.modes:
-            raise DecodeError(
-                f"this model was trained with objective {self.config.loss.objective!r} and decodes "
-                f"{self.modes[0]} only; train with loss.objective = janus for both"
-            )
-        return Generator(self.config.model, with_options(self.config.decode, **options))
 
     def _encode(self, lines: Sequence[str], report: Report) -> dict[int, list[int]]:
         """Token ids of the lines that are not blank, cut to the largest bucket."""
@@ -262,16 +292,23 @@ class Translator:
         """
         placed = mesh.global_batch(self._mesh, {"source": source})["source"]
         memory, lengths = self._call(generator.remember, (), report, self._params, placed)
-        longest = int(jax.device_get(lengths).max())
-        most = generator.slots(source.shape[1]) + 1
-        slots = min([b for b in self.config.batch.buckets if longest <= b < most], default=most)
-        decode = functools.partial(generator.non_autoregressive, slots=slots)
+        slots = self._slots(lengths, source.shape[1], generator)
+        fill = dataclasses.replace(generator, decode=with_options(generator.decode, rescore=False))
+        decode = functools.partial(fill.non_autoregressive, slots=slots)
         _, result = self._call(decode, (slots,), report, self._params, memory, lengths)
-        tokens, scores, passes = jax.device_get((result.tokens, result.scores, result.passes))
+        scores = result.scores
+        if generator.decode.rescore:  # of all candidates, as n-best lists want to be in this order too
+            scores = self._call(generator.rescore, (), report, self._params, memory, result.tokens)
+        tokens, scores, passes = jax.device_get((result.tokens, scores, result.passes))
         order = np.argsort(-scores, axis=1, kind="stable")  # of equals the first, as `choose` has it
-        best = (np.take_along_axis(x, order, 1) for x in (scores, passes))
-        scores, passes = best
+        scores, passes = (np.take_along_axis(x, order, 1) for x in (scores, passes))
         return np.take_along_axis(tokens, order[..., None], 1), scores, passes[:, 0]
+
+    def _slots(self, lengths: jax.Array, source_length: int, generator: Generator) -> int:
+        """The canvas that holds the longest of `lengths`: a bucket, so that shapes stay few."""
+        longest = int(jax.device_get(lengths).max())
+        most = generator.slots(source_length) + 1
+        return min([b for b in self.config.batch.buckets if longest <= b < most], default=most)
 
     def _call(self, function: Callable[..., Any], key: tuple[Any, ...], report: Report, *args: Any) -> Any:
         """Calls the compiled form of `function`, which is made once per shape; counts compile time apart."""
@@ -295,3 +332,20 @@ class Translator:
                 # A byte piece may spell a line break; an answer is one line.
                 found.append(Hypothesis(clean_line(self.vocabulary.decode(row)), float(score), count))
         return found
+
+
+def _check_params(params: Any, model: ModelConfig, opened: run.Run) -> None:
+    """Raises RunError, naming the first array that differs, unless `params` are those of `model`."""
+
+    def arrays(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+
+    saved, wanted = arrays(params), arrays(jax.eval_shape(lambda: init_params(jax.random.key(0), model)))
+    for name in dict.fromkeys([*wanted, *saved]):
+        if saved.get(name) != wanted.get(name):
+            raise run.RunError(
+                f"{opened.folder / 'config.json'} is not the configuration of the checkpoint in "
+                f"{opened.checkpoints}: {name} has shape {saved.get(name)} there, the configuration wants "
+                f"{wanted.get(name)}; put back the config.json of this run"
+            )

@@ -192,8 +192,7 @@ def test_the_stop_rules_and_the_penalty_change_what_is_found():
     assert short.lengths[:, 0].mean() < first.lengths[:, 0].mean()
 
 
-@pytest.mark.parametrize("forced_eos", ["scored", "free"])
-@pytest.mark.parametrize("length_penalty", [1.0, 0.7])
+@pytest.mark.parametrize(("forced_eos", "length_penalty"), [("scored", 0.7), ("free", 1.0)])
 def test_greedy_is_beam_one_number_for_number(forced_eos, length_penalty):
     table = make_table(11, rows=16, seed=8, eos_bonus=0.5)
     limits = [1 + b % 10 for b in range(16)]

@@ -51,9 +51,8 @@ def forward(params, batch, config):
 
     def truths(model):
         encoded, source_mask = model.encode(source)
-        slots = streams.lay_out(target, masked, config, ar=False, nar=True, aux=True)
-        rows = model._rows(model.target_table, slots.tokens)
-        x = model.decoder(rows, slots.positions, slots.plan, encoded, source_mask)
+        slots = streams.lay_out(target, masked, config, model._target_rows, ar=False, nar=True, aux=True)
+        x = model.decoder(slots.rows, slots.positions, slots.plan, encoded, source_mask)
         start, end = slots.read["nar"][1], slots.read["aux"][0]
         return encoded, model.logits(x[:, start:end])
 
@@ -139,7 +138,7 @@ def test_encoder(ref, results):
 def test_ar_logits(ref, results):
     real = ref["in/ar_target"] != PAD
     assert real.sum() == ref["in/ntokens"] - len(real)
-    close(results[1].ar[:, :-1][real], ref["out/ar_logits"][real])
+    close(results[1].ar[:, 1:][real], ref["out/ar_logits"][real])
 
 
 def test_nar_logits_of_mask_symbols_and_visible_tokens(ref, results):
@@ -257,14 +256,13 @@ def test_the_gradient_of_every_parameter(janus, reference_gradient):
     assert_gradients_close(janus[1], reference_gradient)
 
 
-@pytest.mark.parametrize("option", [{"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True}])
+@pytest.mark.parametrize("option", ["scan_layers", "remat"])
 def test_scanned_and_rematerialised_layers_give_the_same_numbers(
-    ref, loaded, batch, janus, reference_gradient, option
+    loaded, batch, janus, reference_gradient, option
 ):
     config, params = loaded
-    (total, found), gradient = loss_and_gradient(
-        params, batch, dataclasses.replace(config, **option), LossConfig()
-    )
+    config = dataclasses.replace(config, **{option: True})
+    (total, found), gradient = loss_and_gradient(params, batch, config, LossConfig())
     assert_gradients_close(gradient, reference_gradient)
     np.testing.assert_allclose(total, janus[0][0], rtol=1e-6)
     for name, term in found.items():
@@ -274,7 +272,7 @@ def test_scanned_and_rematerialised_layers_give_the_same_numbers(
 def test_bfloat16_stays_near(ref, loaded, batch, results):
     config, params = loaded
     config = dataclasses.replace(config, dtype="bfloat16")
-    _, outputs, _ = forward(params, batch, config)
+    outputs = jax.jit(lambda params, batch: Janus(config).apply({"params": params}, *batch))(params, batch)
     for name in ("ar", "nar", "aux", "length"):
         ours, exact = np.asarray(getattr(outputs, name)), getattr(results[1], name)
         assert ours.dtype == np.float32
@@ -398,7 +396,7 @@ def test_ar_decoding_finds_the_reference_hypotheses(ref, loaded, batch, run, bea
 
 @functools.partial(jax.jit, static_argnames="config")
 def teacher_forced(params, source, target, config):
-    """Logits [B, 1, T, V] in one pass, and token by token through the cache."""
+    """Logits [B, T, V] in one pass, and token by token through the cache."""
     model, variables = Janus(config), {"params": params}
     memory = model.apply(variables, source, method="remember")
     rows, length = target.shape
@@ -411,13 +409,15 @@ def teacher_forced(params, source, target, config):
     fed = target.at[:, 0].set(config.ids.start).T[..., None]  # [T, B, 1]
     cache = empty_cache(config, rows, 1, length)
     _, stepped = jax.lax.scan(step, cache, (jnp.arange(length), fed))
-    return model.apply(variables, target[:, None], memory, method="ar_pass"), jnp.moveaxis(stepped, 0, 2)
+    whole = model.apply(variables, target[:, None], memory, method="ar_pass")
+    return whole[:, 0], jnp.moveaxis(stepped[:, :, 0], 0, 1)
 
 
 def test_step_by_step_and_in_one_pass_are_the_same(ref, loaded, batch):
     config, params = loaded
     source, target, _ = batch
-    whole, stepped = (np.asarray(x)[:, 0, :-1] for x in teacher_forced(params, source, target, config))
+    whole, stepped = (np.asarray(x) for x in teacher_forced(params, source, target, config))
+    whole, stepped = whole[:, 1:], stepped[:, :-1]  # by the place predicted, by the place fed
     real = ref["in/ar_target"] != PAD
     close(whole[real], ref["out/ar_logits"][real])
     close(stepped[real], ref["out/ar_logits"][real])

@@ -113,4 +113,3 @@ def _read_pt(path: Path) -> tuple[State, dict[str, Any]]:
         "scale_embeddings": not values.get("no_scale_embedding", False),
     }
     return {name: tensor.float().numpy() for name, tensor in state.items()}, arguments
-

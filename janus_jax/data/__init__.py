@@ -4,3 +4,7 @@ Read in the order in which data flow: `lines` and `phrases` (raw text), `catalog
 `builders` and `sources` (TFDS sets on disk), `encoded` (token ids), `pipeline` (batches).
 Room: [disk] (and, in `download`, the network).  Imports batch, config and text.
 """
+
+from janus_jax.data.lines import DataError
+
+__all__ = ["DataError"]

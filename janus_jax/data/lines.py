@@ -79,7 +79,7 @@ def read_lines(path: pathlib.Path) -> Iterator[str]:
                 yield clean_line(line.removeprefix(_BOM) if number == 1 else line)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}:{number}: not UTF-8 at byte {error.start} of the line ({error.reason}); convert the file"
+            f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line ({error.reason}); convert it"
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged gzip after line {number} ({error}); fetch it again") from error

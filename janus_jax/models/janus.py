@@ -40,8 +40,8 @@ Params = dict[str, Any]
 class Outputs:
     """Logits of one training pass, float32; None for what was not asked for.
 
-    ar[:, t] predicts target position t + 1 (its last slot predicts nothing); nar[:, t] and
-    aux[:, t] predict position t and mean something only where it is masked.
+    All three are aligned: [:, t] is a distribution of y_t.  ar[:, 0] means nothing (nobody predicts
+    BOS), nor do nar[:, t] and aux[:, t] where t is not masked.
     """
 
     ar: jax.Array | None  # [B, T, V]
@@ -161,11 +161,9 @@ class Janus(nn.Module):
           aux: compute P_AUX (needs nar).
         """
         encoded, source_mask = self.encode(source)
-        slots = streams.lay_out(target, masked, self.config, ar=ar, nar=nar, aux=aux)
-        x = self.decoder(
-            self._rows(self.target_table, slots.tokens), slots.positions, slots.plan, encoded, source_mask
-        )
-        read = {name: self.logits(x[:, a:b]) for name, (a, b) in slots.read.items()}
+        slots = streams.lay_out(target, masked, self.config, self._target_rows, ar=ar, nar=nar, aux=aux)
+        x = self.decoder(slots.rows, slots.positions, slots.plan, encoded, source_mask)
+        read = {name: self._logits_of(name, x[:, a:b]) for name, (a, b) in slots.read.items()}
         return Outputs(
             read.get("ar"), read.get("nar"), read.get("aux"), self.length_logits(encoded, source_mask)
         )
@@ -209,26 +207,24 @@ class Janus(nn.Module):
         if c.ar_stream == "query":
             slots = jnp.concatenate([slots, jnp.full_like(slots, c.ids.mask)], axis=1)
             positions = jnp.concatenate(places)
-        rows = self._rows(self.target_table, slots)
-        x, new = self.decoder.step(rows, positions, (flat[0], flat[1]), index, memory)
+        x, new = self.decoder.step(self._target_rows(slots), positions, (flat[0], flat[1]), index, memory)
         keys, values = (x.reshape(x.shape[0], *beams, *x.shape[2:]) for x in new)
         return self.logits(x).reshape(*beams, -1), (keys, values)
 
     def nar_pass(self, canvas: jax.Array, memory: Memory) -> jax.Array:
         """One mask-predict pass: canvas [B, G, T] int32 with [M] where open -> logits [B, G, T, V]."""
         rows = canvas.reshape(-1, canvas.shape[-1])
-        slots = streams.lay_out(
-            rows, jnp.zeros(rows.shape, bool), self.config, ar=False, nar=True, aux=False
-        )
+        nothing = jnp.zeros(rows.shape, bool)  # the canvas holds its [M] already
+        slots = streams.lay_out(rows, nothing, self.config, self._target_rows, ar=False, nar=True, aux=False)
         return self._read(slots, memory).reshape(*canvas.shape, -1)
 
     def ar_pass(self, target: jax.Array, memory: Memory) -> jax.Array:
         """AR logits of whole candidates in one parallel pass: [B, G, T] int32 -> [B, G, T, V].
 
-        Slot t predicts place t + 1, as in `Outputs.ar`.
+        [:, :, t] is the distribution of y_t, as in `Outputs.ar`.
         """
         rows = target.reshape(-1, target.shape[-1])
-        slots = streams.lay_out(rows, None, self.config, ar=True, nar=False, aux=False)
+        slots = streams.lay_out(rows, None, self.config, self._target_rows, ar=True, nar=False, aux=False)
         return self._read(slots, memory).reshape(*target.shape, -1)
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -239,10 +235,20 @@ class Janus(nn.Module):
 
     def _read(self, slots: streams.Slots, memory: Memory) -> jax.Array:
         """Logits of the only distribution laid out."""
-        rows = self._rows(self.target_table, slots.tokens)
-        x = self.decoder.remembered(rows, slots.positions, slots.plan, memory)
-        ((start, end),) = slots.read.values()
-        return self.logits(x[:, start:end])
+        x = self.decoder.remembered(slots.rows, slots.positions, slots.plan, memory)
+        ((name, (start, end)),) = slots.read.items()
+        return self._logits_of(name, x[:, start:end])
+
+    def _logits_of(self, name: str, x: jax.Array) -> jax.Array:
+        """Logits of the slots of one distribution [R, T, D], at the places that they predict.
+
+        AR slot t predicts place t + 1; moving states costs less than moving logits later.
+        """
+        return self.logits(jnp.roll(x, 1, axis=1) if name == "ar" else x)
+
+    def _target_rows(self, tokens: jax.Array) -> jax.Array:
+        """Target token ids [..] -> embeddings [.., D]."""
+        return self._rows(self.target_table, tokens)
 
     def _rows(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """Token ids [..] -> embeddings [.., D]."""
@@ -285,4 +291,3 @@ def empty_cache(config: ModelConfig, sentences: int, beams: int, length: int) ->
     shape = (config.decoder_layers, sentences, beams, length, config.heads, config.dim // config.heads)
     zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
     return zeros, zeros
-

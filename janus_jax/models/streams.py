@@ -13,8 +13,8 @@ decoder" and "AUX" are ways to feed and to mask that stack (METHOD, sections 1 a
 (*) `code`: both at i, as the released code has it; `figure`: both at i + 1; `aligned`: content at
 i and query at i + 1, so that each carries the place of what it is or predicts.
 
-All streams keep the target's own order and its static length T, so AR slot t pairs with target
-position t + 1 and NAR and AUX slots with t.  Slots outside M of the two-stream part are computed
+All streams keep the target's own order and its static length T, so AR slot t predicts target
+position t + 1, NAR and AUX slots position t.  Slots outside M of the two-stream part are computed
 and never read.
 
 Letters: R rows, T target length, N slots (T for each stream).
@@ -24,6 +24,7 @@ Room: pure core, models.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +38,21 @@ from janus_jax.models.transformer import Block, Plan, Range
 class Slots:
     """What goes through the decoder in one pass, and where each distribution is read."""
 
-    tokens: jax.Array  # [R, N] int32
+    rows: jax.Array  # [R, N, D] token embeddings
     positions: jax.Array  # [N] int32
     plan: Plan
     read: dict[str, Range]  # of "ar", "nar", "aux": the run of slots that predicts it
 
 
 def lay_out(
-    target: jax.Array, masked: jax.Array | None, config: ModelConfig, *, ar: bool, nar: bool, aux: bool
+    target: jax.Array,
+    masked: jax.Array | None,
+    config: ModelConfig,
+    embed: Callable[[jax.Array], jax.Array],
+    *,
+    ar: bool,
+    nar: bool,
+    aux: bool,
 ) -> Slots:
     """The streams asked for, side by side.
 
@@ -52,6 +60,7 @@ def lay_out(
       target: [R, T] int32, BOS ... EOS PAD...
       masked: [R, T] bool, the set M; needed for `nar` and `aux`.
       config: the model; its `ar_positions`, `ar_stream` and `ids` matter here.
+      embed: token ids [..] -> rows [.., D]; called once for the target, which all streams share.
       ar: lay out AR content, and AR query where `ar_stream` is "query".
       nar: lay out NAR content.
       aux: lay out true content and AUX query too; needs `nar`, whose content they attend.
@@ -62,22 +71,25 @@ def lay_out(
     ids, length = config.ids, target.shape[1]
     check_length(config, length, "a target")
     place = jnp.arange(length)
-    symbols = jnp.full_like(target, ids.mask)
-    tokens: list[jax.Array] = []
+    truths = embed(target)
+    symbol = embed(jnp.asarray(ids.mask))
+    symbols = jnp.broadcast_to(symbol, truths.shape)
+    rows: list[jax.Array] = []
     positions: list[jax.Array] = []
     content: list[Range] = []
     blocks: list[Block] = []
     read: dict[str, Range] = {}
 
-    def add(slot_tokens: jax.Array, slot_positions: jax.Array) -> Range:
-        start = length * len(tokens)
-        tokens.append(slot_tokens)
+    def add(slot_rows: jax.Array, slot_positions: jax.Array) -> Range:
+        start = length * len(rows)
+        rows.append(slot_rows)
         positions.append(slot_positions)
         return start, start + length
 
     if ar:
         content_place, query_place = ar_positions(place, config)
-        stream = add(target.at[:, 0].set(ids.start), content_place)
+        fed = truths if ids.start == ids.bos else truths.at[:, 0].set(embed(jnp.asarray(ids.start)))
+        stream = add(fed, content_place)
         content.append(stream)
         causal = masks.causal_mask(length)
         if config.ar_stream == "query":
@@ -91,19 +103,19 @@ def lay_out(
             raise ValueError("the NAR streams need the set M: pass masked")
         real = target != ids.pad
         keys = length * len(content)
-        read["nar"] = add(jnp.where(masked, ids.mask, target), place)
+        read["nar"] = add(jnp.where(masked[..., None], symbol, truths), place)
         content.append(read["nar"])
         blocks.append(Block(masks.padding_mask(real), queries=read["nar"], keys=(keys, keys + length)))
         if aux:
-            truth = add(target, place)
+            truth = add(truths, place)
             content.append(truth)
             read["aux"] = add(symbols, place)
-            rows = [masks.true_content_mask(masked, real), masks.aux_query_mask(masked, real)]
+            seen = [masks.true_content_mask(masked, real), masks.aux_query_mask(masked, real)]
             queries = (truth[0], read["aux"][1])
-            blocks.append(Block(jnp.concatenate(rows, axis=1), queries, keys=(keys, keys + 2 * length)))
+            blocks.append(Block(jnp.concatenate(seen, axis=1), queries, keys=(keys, keys + 2 * length)))
 
     plan = Plan(tuple(blocks), _joined(content))
-    return Slots(jnp.concatenate(tokens, axis=1), jnp.concatenate(positions), plan, read)
+    return Slots(jnp.concatenate(rows, axis=1), jnp.concatenate(positions), plan, read)
 
 
 def ar_positions(place: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:

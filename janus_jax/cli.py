@@ -1,0 +1,697 @@
+"""The command line: `janus-jax VERB`, also as `python -m janus_jax VERB`.
+
+A verb's own flags are parsed by argparse.  `--config.any.key=value` goes through ml_collections'
+config flags, on a private set of absl flags, so that nothing here depends on global state.
+Whatever a user can get wrong ends as `janus-jax: error: ...` on standard error:
+
+  exit 2    a command line that cannot be understood, in one line
+  exit 1    everything else that is expected to happen: files, data, configurations, full disks
+  exit 130, 141    stopped by Ctrl-C; the reader of a pipe went away
+
+Anything else is a defect and keeps its traceback; JANUS_JAX_DEBUG=1 keeps it always.
+
+Room: shell.  Imports of jax and of what needs it lie inside the verbs: `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+import janus_jax
+from janus_jax import config as configuration
+from janus_jax.config import Config, ConfigError, DecodeConfig
+
+PROGRAM = "janus-jax"
+DEBUG, CACHE = "JANUS_JAX_DEBUG", "JANUS_JAX_CACHE"
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood; one line that names the argument and the remedy."""
+
+
+class ConfigFileError(ValueError):
+    """A configuration file that cannot be used; the message names the file and, where known, the line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; `argv` without the program's name, by default the command line.
+
+    Returns:
+      The exit code: 0, or one of those at the head of the module (`train` has 75 of its own: stopped
+      on request and saved).
+    """
+    try:
+        args, overrides = parse(sys.argv[1:] if argv is None else argv)
+        return args.run(args, overrides)
+    except SystemExit as done:  # argparse, after --help and --version
+        return int(done.code or 0)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # else Python complains when it flushes at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except KeyboardInterrupt:
+        return _complain("interrupted", EXIT_INTERRUPTED)
+    except UsageError as error:
+        return _complain(str(error), EXIT_USAGE)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        return _complain(message, EXIT_FAILED)
+
+
+def explain(error: Exception) -> str | None:
+    """What to tell the user about an expected error; None for one that is a defect of the program."""
+    if type(error).__module__.partition(".")[0] == janus_jax.__name__:
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        first_line = str(error).partition("\n")[0]
+        return (
+            f"out of memory: {first_line[:200]}; to train, lower batch.tokens or raise train.microbatches; "
+            "to decode, lower --batch_size or --tokens"
+        )
+    return None
+
+
+def _complain(message: str, code: int) -> int:
+    if os.environ.get(DEBUG, "0") not in ("", "0"):
+        traceback.print_exc()
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    return code
+
+
+# -- verbs ----------------------------------------------------------------------------------------
+
+Overrides = list[tuple[str, str]]  # (dotted key, value as it was written)
+
+
+def _prepare(args: argparse.Namespace, overrides: Overrides) -> int:
+    config = resolve_config(args.config, args.workdir, overrides)
+    from janus_jax import prepare, run
+
+    with run.locked(args.workdir):
+        run.claim(args.workdir, config)
+        prepare.prepare(config, args.workdir)
+    return 0
+
+
+def _train(args: argparse.Namespace, overrides: Overrides) -> int:
+    config = resolve_config(args.config, args.workdir, overrides)
+    from janus_jax import train
+
+    use_compilation_cache()
+    return train.train(config, args.workdir)
+
+
+def _evaluate(args: argparse.Namespace, _: Overrides) -> int:
+    from janus_jax import evaluate, run
+    from janus_jax.translator import Translator
+
+    use_compilation_cache()
+    opened = run.open_run(args.workdir)
+    translator = Translator.from_run(args.workdir, args.checkpoint)
+    modes = args.decode or translator.modes
+    options = {mode: _options_for(mode, modes, args) for mode in modes}
+    for mode in modes:
+        translator.options(mode, **options[mode])  # complains before the first mode is decoded
+    if args.refine:
+        translator.options("nar")
+    split, folder = args.split or opened.config.data.test_split, args.output_dir or opened.folder / "eval"
+    evaluations = [
+        evaluate.evaluate(
+            opened,
+            translator,
+            split,
+            mode,
+            checkpoint=args.checkpoint,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            folder=folder,
+            **options[mode],
+        )
+        for mode in modes
+    ]
+    evaluate.print_scores(evaluations)
+    evaluate.print_examples(evaluations, args.show)
+    print()
+    for one in evaluations:
+        print(f"written: {folder / f'{split}.{one.name}'}.hyp, .json")
+    if args.refine:
+        sources = evaluations[0].sources[: args.refine]
+        for path in evaluate.draw_refinements(translator, sources, folder, **options.get("nar", {})):
+            print(f"written: {path}")
+    return 0
+
+
+def _translate(args: argparse.Namespace, _: Overrides) -> int:
+    from janus_jax import translate
+    from janus_jax.translator import Translator
+
+    lines = translate.read_lines(args.input)
+    use_compilation_cache()
+    translator = Translator.from_run(args.workdir, args.checkpoint)
+    mode = args.decode or translator.modes[0]
+    options = _options_for(mode, [mode], args)
+    translator.options(mode, nbest=args.nbest, **options)
+    with translate.output(args.output) as file:
+        translate.translate(
+            translator, lines, file, mode, nbest=args.nbest, batch_size=args.batch_size, **options
+        )
+    return 0
+
+
+def _plot(args: argparse.Namespace, _: Overrides) -> int:
+    from janus_jax import report
+
+    runs = {str(folder): report.read_metrics(folder) for folder in args.workdir}
+    path = args.output or args.workdir[0] / "training.png"
+    report.plot_training(runs if len(runs) > 1 else next(iter(runs.values())), path)
+    print(f"written: {path}")
+    return 0
+
+
+def _bench(args: argparse.Namespace, overrides: Overrides) -> int:
+    config = resolve_config(args.config, args.workdir, overrides)
+    from janus_jax import bench
+
+    use_compilation_cache()
+    return bench.bench(config, args.workdir)
+
+
+def _options_for(mode: str, modes: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+    """The decoding options given on the command line that matter to `mode`.
+
+    Raises:
+      UsageError: one that matters to none of `modes`.
+    """
+    given = {name: value for name in DECODE_HELP if (value := getattr(args, name)) is not None}
+    for name in given:
+        if (only := ONLY_FOR.get(name)) and only not in modes:
+            raise UsageError(f"--{name} is an option of --decode={only}, this is --decode={','.join(modes)}")
+    return {name: value for name, value in given.items() if ONLY_FOR.get(name, mode) == mode}
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in $JANUS_JAX_CACHE, by default ~/.cache/janus_jax; set to "" to switch off."""
+    name = os.environ.get(CACHE, os.path.join("~", ".cache", "janus_jax"))
+    if not name:
+        return
+    folder = os.path.expanduser(name)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        print(f"{PROGRAM}: compiled programs are not kept: {folder}: {error.strerror}", file=sys.stderr)
+        return
+    from janus_jax import mesh
+
+    mesh.set_compilation_cache(folder)
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+DESCRIPTION = """\
+JANUS: one Transformer that writes autoregressively (ar) and non-autoregressively (nar).
+
+  janus-jax prepare   --config=configs/multi30k_deen.py --workdir=runs/m30k
+  janus-jax train     --config=configs/multi30k_deen.py --workdir=runs/m30k
+  janus-jax evaluate  --workdir=runs/m30k --decode=ar,nar
+  janus-jax translate --workdir=runs/m30k --decode=nar < source.txt > target.txt
+
+A run directory (--workdir) holds everything there is to a run: configuration, vocabulary, data,
+metrics, checkpoints, scores.  `janus-jax VERB --help` tells what a verb reads and writes.
+"""
+
+EPILOG = """\
+environment:
+  JANUS_JAX_CACHE   where compiled programs are kept (default ~/.cache/janus_jax; "" for nowhere)
+  JANUS_JAX_DEBUG   1 shows the traceback of every error
+
+exit codes: 0 done, 1 failed, 2 not understood, 75 training stopped on request and saved
+"""
+
+CONFIG_EPILOG = """\
+configuration:
+  --config.KEY=VALUE overrides a key: --config.model.dim=512 --config.batch.buckets=16,32
+  --config.train.tensorboard=false.  janus_jax/config.py lists every key and its meaning.
+"""
+
+PREPARE = """\
+Make what training needs: the data set, the vocabulary, and the encoded splits.
+
+reads    the raw files of data.raw_dir, or downloads them, or generates them (data.name = phrases)
+writes   WORKDIR/config.json, vocab.model, vocab.json, and data/ (or data.dir)
+
+What is there already is checked and kept.  `train` does this by itself where it has not been done.
+
+  janus-jax prepare --config=configs/multi30k_deen.py --workdir=runs/m30k --config.data.raw_dir=raw
+"""
+
+TRAIN = """\
+Train, or go on with training: the newest checkpoint in WORKDIR is resumed by itself.
+
+reads    WORKDIR, and what `prepare` reads if it has not been run
+writes   WORKDIR/metrics.jsonl, tensorboard/, checkpoints/, training.png
+
+SIGTERM or Ctrl-C saves and stops (exit code 75); the same command goes on from there, with the same
+batches and random numbers as if nothing had happened.
+
+  janus-jax train --config=configs/multi30k_deen.py --workdir=runs/m30k
+  janus-jax train --workdir=runs/m30k --config.train.steps=40000    go on with a run, for longer
+"""
+
+EVALUATE = """\
+Decode a split, score it, print a table.
+
+reads    WORKDIR
+writes   WORKDIR/eval/SPLIT.NAME.hyp (a line per example, in order) and SPLIT.NAME.json beside it
+         (scores with signatures, speed, options, versions); NAME tells the way of decoding
+
+  janus-jax evaluate --workdir=runs/m30k --split=test_2016_flickr --decode=ar
+  janus-jax evaluate --workdir=runs/m30k --decode=ar,nar --iterations=4 --candidates=3 --refine=2
+"""
+
+TRANSLATE = """\
+Translate lines: one line out for each line in, always and in order.
+
+reads    WORKDIR, and text from standard input (UTF-8, one sentence per line)
+writes   translations to standard output, progress and reports of cut lines to standard error
+
+All input is read and checked first: an input that is not UTF-8 is an error that names the line,
+before anything is written.  Blank lines stay blank.  A line longer than the model was trained for
+is cut and reported.
+
+  janus-jax translate --workdir=runs/m30k --decode=nar --iterations=4 < source.txt > target.txt
+"""
+
+BENCH = """\
+Measure training and decoding speed and memory, on the model of a run or on random weights.
+
+  janus-jax bench --workdir=runs/m30k
+  janus-jax bench --config=configs/multi30k_deen.py
+"""
+
+PLOT = """\
+Draw the training curves: every term of the loss, dev BLEU, gradient norm, learning rate.
+
+reads    WORKDIR/metrics.jsonl; several runs, separated by commas, are laid over each other
+writes   WORKDIR/training.png (of the first), or the file named by --output (.png, .svg or .pdf)
+
+  janus-jax plot --workdir=runs/janus,runs/ar --output=curves.svg
+"""
+
+# Help of the flags made from config.DecodeConfig, by mode.
+DECODE_HELP = {
+    "beam": "ar: hypotheses kept; 1 is greedy",
+    "length_penalty": "ar: a hypothesis scores sum log p / length ** this",
+    "max_length_a": "at most A * source length + B tokens: A",
+    "max_length_b": "at most A * source length + B tokens: B",
+    "iterations": "nar: decoder passes, T",
+    "candidates": "nar: target lengths tried",
+    "early_stop": "nar: a sentence stops when a pass changes nothing",
+    "rescore": "nar: choose among candidates by the AR score of the same model",
+    "ban_unk": "never write the unknown symbol",
+    "tokens": "slots of one decoding batch (rows x beam or candidates x length); results do not depend on it",
+}
+ONLY_FOR = {
+    name: "nar" if help_text.startswith("nar:") else "ar"
+    for name, help_text in DECODE_HELP.items()
+    if name != "length_penalty" and help_text.startswith(("ar:", "nar:"))
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
+    """The flags of the verb, and the overrides of configuration keys.
+
+    A flag may be written with underscores or hyphens.
+
+    Raises:
+      UsageError: anything that is not understood.
+    """
+    rest, overrides = split_overrides(argv)
+    parser, verbs = _parser()
+    args, unknown = parser.parse_known_args([_underscored(a) for a in rest])
+    takes_config = "config" in args
+    if unknown:
+        raise UsageError(_unknown(unknown[0], verbs[args.verb], takes_config))
+    if overrides and not takes_config:
+        key, value = overrides[0]
+        flag = key.removeprefix("decode.")
+        hint = f"; use --{flag}={value}" if flag in DECODE_HELP and flag in args else ""
+        raise UsageError(f"--config.{key}: {args.verb} takes its configuration from the run directory{hint}")
+    return args, overrides
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
+    """Takes `--config.KEY=VALUE`, `--config.KEY VALUE`, `--config.FLAG` and `--noconfig.FLAG` out of `argv`.
+
+    Raises:
+      UsageError: an unknown key (the message has the nearest real one), or a key without a value.
+    """
+    rest: list[str] = []
+    overrides: Overrides = []
+    waiting = iter(argv)
+    for argument in waiting:
+        found = re.fullmatch(r"--(no)?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL)
+        if not found:
+            rest.append(argument)
+            continue
+        negated, key, value = found.groups()
+        default = _default(key)
+        if isinstance(default, bool) and value is None:
+            value = "false" if negated else "true"
+        elif negated:
+            raise UsageError(f"{argument}: only a key that is true or false can be negated this way")
+        elif value is None:
+            value = next(waiting, None)
+            if value is None:
+                raise UsageError(f"{argument} needs a value: {argument}=...")
+        overrides.append((key, value))
+    return rest, overrides
+
+
+def _default(key: str) -> Any:
+    """The default of a configuration key.
+
+    Raises:
+      UsageError: there is no such key.
+    """
+    names = configuration.key_names()
+    if key in names:
+        return configuration.get(Config(), key)
+    inside = [name for name in names if name.startswith(f"{key}.")]
+    if inside:
+        raise UsageError(
+            f"--config.{key} is a section; set one of its keys, such as --config.{inside[0]}=..."
+        )
+    near = configuration.nearest_key(key)
+    raise UsageError(
+        f"--config.{key}: unknown configuration key" + (f"; did you mean --config.{near}?" if near else "")
+    )
+
+
+def _underscored(argument: str) -> str:
+    """`--length-penalty=0.6` -> `--length_penalty=0.6`; what is no flag stays."""
+    name, equals, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+
+
+def _unknown(argument: str, verb: argparse.ArgumentParser, takes_config: bool) -> str:
+    """What to say about an argument that the verb does not know."""
+    if not argument.startswith("-"):
+        return f"unexpected argument {argument!r} (see {verb.prog} --help)"
+    name = argument.partition("=")[0]
+    known = [option for action in verb._actions for option in action.option_strings]
+    if takes_config:
+        known += [f"--config.{key}" for key in configuration.key_names()]
+        if (key := configuration.nearest_key(name.lstrip("-"))) and "." in name:
+            return f"unknown flag {name}; did you mean --config.{key}?"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else f" (see {verb.prog} --help)")
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole parser, and that of each verb."""
+    top = _Parser(PROGRAM, description=DESCRIPTION, epilog=EPILOG, **_STYLE)
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {janus_jax.__version__}")
+    subparsers = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs: dict[str, argparse.ArgumentParser] = {}
+
+    def verb(name: str, run: Callable[..., int], text: str, epilog: str = "") -> argparse.ArgumentParser:
+        short = text.partition("\n")[0].rstrip(".")
+        verbs[name] = subparsers.add_parser(name, help=short, description=text, epilog=epilog, **_STYLE)
+        verbs[name].set_defaults(run=run)
+        return verbs[name]
+
+    for name, run, text in (("prepare", _prepare, PREPARE), ("train", _train, TRAIN)):
+        flags_ = verb(name, run, text, CONFIG_EPILOG)
+        _add_config(flags_)
+        _add_workdir(flags_, required=True)
+    flags_ = verb("evaluate", _evaluate, EVALUATE)
+    _add_workdir(flags_, required=True)
+    flags_.add_argument("--split", default="", help="which split (default: data.test_split of the run)")
+    flags_.add_argument(
+        "--decode",
+        type=_modes,
+        metavar="MODE",
+        help="ar, nar or ar,nar (default: all that the run was trained for)",
+    )
+    flags_.add_argument("--limit", type=_positive, default=0, metavar="N", help="only the first N examples")
+    flags_.add_argument("--show", type=_count, default=3, metavar="N", help="examples to print (default: 3)")
+    flags_.add_argument(
+        "--refine",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="draw the first N examples pass by pass, as refinement-1.png and so on",
+    )
+    flags_.add_argument(
+        "--output_dir", type=Path, metavar="DIR", help="where to write (default: WORKDIR/eval)"
+    )
+    _add_decoding(flags_)
+    flags_ = verb("translate", _translate, TRANSLATE)
+    _add_workdir(flags_, required=True)
+    flags_.add_argument(
+        "--input", type=Path, metavar="FILE", help="text to translate (default: standard input)"
+    )
+    flags_.add_argument("--output", type=Path, metavar="FILE", help="translations (default: standard output)")
+    flags_.add_argument(
+        "--decode", type=_mode, metavar="MODE", help="ar or nar (default: ar if the run has it)"
+    )
+    flags_.add_argument(
+        "--nbest",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="write up to N hypotheses a line, best first, as `LINE ||| TEXT ||| SCORE`, lines from 0",
+    )
+    _add_decoding(flags_)
+    flags_ = verb("bench", _bench, BENCH, CONFIG_EPILOG)
+    _add_config(flags_)
+    _add_workdir(flags_, required=False)
+    flags_ = verb("plot", _plot, PLOT)
+    flags_.add_argument(
+        "--workdir",
+        type=_folders,
+        required=True,
+        metavar="DIR,...",
+        help="run directories",
+    )
+    flags_.add_argument("--output", type=Path, metavar="FILE", help="the picture")
+    return top, verbs
+
+
+_STYLE: dict[str, Any] = {
+    "formatter_class": lambda prog: argparse.RawDescriptionHelpFormatter(
+        prog, max_help_position=30, width=100
+    ),
+    "allow_abbrev": False,
+}
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="configuration, a Python file with get_config() (default: WORKDIR/config.json)",
+    )
+
+
+def _add_workdir(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument("--workdir", type=Path, required=required, metavar="DIR", help="the run directory")
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    """The flags shared by evaluate and translate: which parameters, batches, and config.DecodeConfig."""
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        help="best (on dev), latest, a step, or average:N, the mean of the newest N (default: best)",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=_positive,
+        metavar="N",
+        help="most sentences decoded together (default: what --tokens holds); results do not depend on it",
+    )
+    group = parser.add_argument_group(
+        "decoding options",
+        "Each default is the key of that name in the section `decode` of the run's config.json; that of the\n"
+        "package is in brackets.",
+    )
+    hints = typing.get_type_hints(DecodeConfig)
+    for field in dataclasses.fields(DecodeConfig):
+        name, kind = field.name, hints[field.name]
+        text = f"{DECODE_HELP[name]} [{str(field.default).lower()}]"
+        if kind is bool:
+            text += f"; --no{name} switches it off"
+            group.add_argument(f"--{name}", type=_boolean, nargs="?", const=True, metavar="BOOL", help=text)
+            off = (f"--no{name}", f"--no_{name}")
+            group.add_argument(*off, dest=name, action="store_false", default=None, help=argparse.SUPPRESS)
+        else:
+            group.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
+
+
+def _folders(text: str) -> list[Path]:
+    return [Path(part) for part in text.split(",") if part] or [Path()]
+
+
+def _boolean(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return values[text.lower()]
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a number from 0 up, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a number from 1 up, got {text!r}")
+    return int(text)
+
+
+def _mode(text: str) -> str:
+    if text not in ("ar", "nar"):
+        raise argparse.ArgumentTypeError(f"must be ar or nar, got {text!r}")
+    return text
+
+
+def _modes(text: str) -> list[str]:
+    return list(dict.fromkeys(_mode(part) for part in text.split(",")))
+
+
+# -- configuration --------------------------------------------------------------------------------
+
+
+def resolve_config(file: Path | None, workdir: Path | None, overrides: Overrides) -> Config:
+    """The configuration: from `file`, else from `workdir`'s config.json; then the overrides.
+
+    Raises:
+      UsageError: neither is there, or an override has the wrong type.
+      ConfigFileError: `file` cannot be used.
+      ConfigError: values that cannot be used together.
+      run.RunError: the config.json cannot be used.
+    """
+    if file is not None:
+        base = load_config_file(file)
+    elif workdir is None:
+        raise UsageError("give --config=FILE, or --workdir=DIR of a run")
+    elif (workdir / "config.json").is_file():
+        from janus_jax import run
+
+        base = run.open_run(workdir).config
+    else:
+        raise UsageError(f"--config=FILE is needed: {workdir} has no config.json to go on with")
+    return override(base, overrides)
+
+
+def load_config_file(path: Path) -> Config:
+    """The checked configuration that `get_config()` of the Python file at `path` returns.
+
+    The file can import what lies in its own folder and in the one above: `from configs import base`.
+
+    Raises:
+      ConfigFileError: no such file, an error in it, no get_config, or not a usable configuration.
+    """
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise ConfigFileError(f"--config={path}: {error.strerror}") from error
+    namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    try:
+        with _importable(path.resolve().parent.parent, path.resolve().parent):
+            exec(compile(source, str(path), "exec"), namespace)
+            if not callable(namespace.get("get_config")):
+                raise ConfigFileError(f"{path} has no function get_config()")
+            found = namespace["get_config"]()
+    except ConfigFileError:
+        raise
+    except SyntaxError as error:
+        raise ConfigFileError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f":{f.lineno}" for f in reversed(frames) if f.filename == str(path)), "")
+        reason = str(error).partition("\n")[0]
+        raise ConfigFileError(f"{path}{line}: {type(error).__name__}: {reason}") from error
+    if not isinstance(found, ml_collections.ConfigDict):
+        raise ConfigFileError(
+            f"{path}: get_config() must return a ConfigDict, got {type(found).__name__}; "
+            "start from configs/base.py"
+        )
+    try:
+        return configuration.from_config_dict(found)
+    except ConfigError as error:
+        raise ConfigFileError(f"{path}: {error}") from error
+
+
+def override(config: Config, overrides: Overrides) -> Config:
+    """`config` with some keys replaced by values as they are written on a command line.
+
+    Raises:
+      UsageError: a value of the wrong type.
+      ConfigError: values that cannot be used together.
+    """
+    values = configuration.to_config_dict(config)
+    for key, text in overrides:
+        argument = f"--config.{key}={text}"
+        private = flags.FlagValues()
+        config_flags.DEFINE_config_dict("config", values, flag_values=private, sys_argv=[argument])
+        default = configuration.get(config, key)
+        try:
+            private([PROGRAM, argument])
+            parsed = configuration.get(values, key)  # type: ignore[arg-type]
+            if isinstance(default, tuple) and not all(type(item) is int for item in parsed):
+                raise ValueError("not whole numbers")
+        except (flags.Error, ValueError, TypeError, SyntaxError) as error:
+            raise UsageError(f"--config.{key} must be {_KINDS[type(default)]}, got {text!r}") from error
+    return configuration.from_config_dict(values)
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "whole numbers separated by commas",
+}
+
+
+@contextlib.contextmanager
+def _importable(*folders: Path) -> Iterator[None]:
+    """Lets a configuration file import its neighbours."""
+    before = list(sys.path)
+    sys.path[:0] = [str(folder) for folder in folders]
+    try:
+        yield
+    finally:
+        sys.path[:] = before

@@ -1,0 +1,222 @@
+"""`janus-jax evaluate`: decode a split, score it, keep what was written beside the scores.
+
+    <workdir>/eval/test_2016_flickr.nar-T4-c3.hyp    one line per example, in order
+    <workdir>/eval/test_2016_flickr.nar-T4-c3.json   scores with signatures, speed, options, versions
+
+The name tells the options that change what is written, so that no evaluation overwrites another one;
+how many sentences are decoded together is no such option.
+
+Room: shell.  Reads the data of a run, writes below its `eval` folder, prints to the terminal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from janus_jax import mesh, report, score
+from janus_jax.config import DecodeConfig
+from janus_jax.data.sources import open_split
+from janus_jax.run import Run
+from janus_jax.translate import cut_messages, output
+from janus_jax.translator import Translator
+
+FOLDER = "eval"
+SHOWN_CUTS = 5  # over-long lines named on the terminal; the JSON has all
+
+# Always part of the name, by mode: what a table of results is about.
+_HEADLINE = {"ar": {"beam": "b"}, "nar": {"iterations": "T", "candidates": "c"}}
+# Part of the name where they differ from the defaults of the package.
+_RARE = {
+    "length_penalty": "lp",
+    "max_length_a": "la",
+    "max_length_b": "lb",
+    "early_stop": "early",
+    "rescore": "rescore",
+    "ban_unk": "ban_unk",
+}
+_AR_ONLY, _NAR_ONLY = {"beam"}, {"iterations", "candidates", "early_stop", "rescore"}
+
+
+class EvaluationError(ValueError):
+    """A split that cannot be evaluated; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One split decoded in one way."""
+
+    name: str  # what the JSON and the hypotheses file are called, less the suffix and the split
+    result: dict[str, Any]  # what the JSON holds
+    sources: list[str]
+    references: list[tuple[str, ...]]
+    hypotheses: list[str]
+
+
+def relevant(decode: str, options: DecodeConfig) -> dict[str, Any]:
+    """The options that can change what mode `decode` writes."""
+    unused = {"tokens"} | (_NAR_ONLY if decode == "ar" else _AR_ONLY)
+    if decode == "nar" and not options.rescore:
+        unused |= {"length_penalty"}
+    return {name: value for name, value in dataclasses.asdict(options).items() if name not in unused}
+
+
+def name_of(decode: str, options: DecodeConfig, checkpoint: str = "best", limit: int = 0) -> str:
+    """A file name part that tells one way of decoding from another: `nar-T4-c3`, `ar-b5-lp0.6-average5`."""
+    values, defaults = relevant(decode, options), DecodeConfig()
+    parts = [decode, *(f"{short}{values[key]}" for key, short in _HEADLINE[decode].items())]
+    for key, short in _RARE.items():
+        if key in values and (value := values[key]) != getattr(defaults, key):
+            parts.append(
+                (short if value else f"no_{short}") if isinstance(value, bool) else f"{short}{value:g}"
+            )
+    if checkpoint != "best":
+        parts.append(f"step{checkpoint}" if checkpoint.isdigit() else checkpoint.replace(":", ""))
+    parts += [f"first{limit}"] if limit else []
+    return "-".join(parts)
+
+
+def evaluate(
+    opened: Run,
+    translator: Translator,
+    split: str = "",
+    decode: str = "ar",
+    *,
+    checkpoint: str = "best",
+    limit: int = 0,
+    batch_size: int | None = None,
+    folder: Path | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Decodes `split`, scores it and writes both files.
+
+    Args:
+      opened: the run, whose data hold the split.
+      translator: its model.
+      split: default `data.test_split`.
+      decode: "ar" or "nar".
+      checkpoint: what `translator` was loaded as; part of the name unless "best".
+      limit: only so many examples, from the first; 0 means all.
+      batch_size: most sentences decoded together.
+      folder: where to write; default `<workdir>/eval`.
+      **options: any key of the config section `decode`.
+
+    Raises:
+      EvaluationError: the split is empty.
+      data.DataError: there is no such split, or no prepared data.
+      translator.DecodeError: as `Translator.decode`.
+    """
+    split, folder = split or opened.config.data.test_split, folder or opened.folder / FOLDER
+    effective = translator.options(decode, **options)
+    pairs = open_split(opened.config.data, opened.data_folder, split)
+    count = min(limit, len(pairs)) if limit else len(pairs)
+    if not count:
+        raise EvaluationError(f"split {split!r} in {opened.data_folder} has no examples: nothing to evaluate")
+    sources = [source for source, _ in itertools.islice(pairs, count)]
+    references = [pairs.references(i) for i in range(count)]
+    name = name_of(decode, effective, checkpoint, limit if count < len(pairs) else 0)
+    with report.progress(count, f"{split} {name}", unit="sentence") as progress:
+        found, took = translator.decode(
+            sources, decode, batch_size=batch_size, on_batch=progress.advance, **options
+        )
+        for message in cut_messages(took.cut, limit=SHOWN_CUTS):
+            progress.say(f"{split} {message}")
+    hypotheses = [best.text for best, *_ in found]
+    result = {
+        "split": split,
+        "decode": decode,
+        "checkpoint": translator.name,
+        "scores": score.score(hypotheses, references).to_dict(),
+        "speed": {**took.speed(), "batches": took.batches, "shapes": len(took.shapes)},
+        "passes_per_sentence": took.passes / count if decode == "nar" else None,
+        "cut": [{"line": line + 1, "tokens": tokens, "kept": kept} for line, tokens, kept in took.cut],
+        "options": relevant(decode, effective),
+        "batch_size": batch_size,
+        "data": pairs.identity,
+        "vocabulary_sha256": translator.vocabulary.sha256,
+        "device": mesh.device_kind(),
+        "versions": report.versions(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with output(folder / f"{split}.{name}.hyp") as file:
+        file.write("".join(f"{line}\n" for line in hypotheses).encode("utf-8"))
+    report.write_json(folder / f"{split}.{name}.json", result)
+    return Evaluation(name, result, sources, references, hypotheses)
+
+
+def draw_refinements(
+    translator: Translator, sources: Sequence[str], folder: Path, **options: Any
+) -> list[Path]:
+    """Pictures of how mask-predict writes each of `sources`: `folder`/refinement-1.png and so on.
+
+    A blank source has none.
+
+    Raises:
+      translator.DecodeError: the model does not decode that way.
+    """
+    drawn = []
+    for number, source in enumerate(sources, start=1):
+        text, passes = translator.refine(source, **options)
+        if not passes:
+            continue
+        history: list[report.RefinementPass] = [
+            {"tokens": p.tokens, "confidence": p.confidence, "masked_before": p.filled} for p in passes
+        ]
+        path = folder / f"refinement-{number}.png"
+        folder.mkdir(parents=True, exist_ok=True)
+        report.plot_refinement(history, path, f"{len(passes)} passes of mask-predict", source, text)
+        drawn.append(path)
+    return drawn
+
+
+def print_scores(evaluations: Sequence[Evaluation], console: Console | None = None) -> None:
+    """Tables of evaluations of the same split, one column each: scores, then BLEU by length."""
+    first = evaluations[0].result
+    rows = []
+    for label, section, key, factor in (
+        ("BLEU", "scores", "bleu", 1),
+        ("chrF", "scores", "chrf", 1),
+        ("BLEU, tokenised lower-case", "scores", "bleu_tok_lc", 1),
+        ("exact match, %", "scores", "exact_match", 100),
+        ("length ratio", "scores", "length_ratio", 1),
+        ("repeated tokens, %", "scores", "repetition", 100),
+        ("  in the references, %", "scores", "repetition_reference", 100),
+        ("empty outputs", "scores", "empty", 1),
+        ("sentences/s", "speed", "sentences_per_s", 1),
+        ("target tokens/s", "speed", "tokens_per_s", 1),
+        ("compile time, s (not in the rates)", "speed", "compile_seconds", 1),
+    ):
+        rows.append([label, *(factor * e.result[section][key] for e in evaluations)])
+    title = f"{first['split']}, {first['scores']['sentences']:,} sentences, {first['checkpoint']}"
+    report.table(title, ["", *(e.name for e in evaluations)], rows, console)
+
+    buckets = [{b["tokens"]: b for b in e.result["scores"]["by_length"]} for e in evaluations]
+    by_length = [
+        [tokens, bucket["sentences"], *(b[tokens]["bleu"] for b in buckets)]
+        for tokens, bucket in buckets[0].items()
+    ]
+    columns = ["reference tokens", "sentences", *(f"BLEU {e.name}" for e in evaluations)]
+    report.table("by length of the reference", columns, by_length, console)
+    console = console or Console()
+    for key in ("bleu", "chrf", "bleu_tok_lc"):
+        signature = first["scores"][f"{key}_signature"]
+        console.print(f"{key:<12} {signature}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_examples(evaluations: Sequence[Evaluation], count: int, console: Console | None = None) -> None:
+    """The first `count` sentences: source, a reference, and what each evaluation wrote."""
+    console = console or Console()
+    first = evaluations[0]
+    width = max(len("reference"), *(len(e.name) for e in evaluations))
+    for i in range(min(count, len(first.sources))):
+        texts = {"source": first.sources[i], "reference": first.references[i][0]}
+        texts |= {e.name: e.hypotheses[i] for e in evaluations}
+        console.print()
+        for label, text in texts.items():
+            console.print(f"{label:<{width}}  {text}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,158 @@
+"""`janus-jax translate`: a filter that writes one line for each line it reads, always and in order.
+
+All input is read and checked before the first line is translated, so that an input that cannot be
+used costs an error message and never half an output.  After that nothing can fail for the sake of a
+line: blank lines stay blank, over-long ones are cut and reported, and the output of a window of
+lines is written when that window is done.
+
+Lines end at LF and nowhere else; a last line without LF is a line.  A CR at the end, NUL bytes and
+other control characters are characters like any other (blanks at the ends do not matter to the
+model, and a CR is a blank).
+
+Room: shell.  Reads and writes the streams or files it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from janus_jax import report
+from janus_jax.translator import Hypothesis, Translator
+
+WINDOW = 4096  # lines decoded, and written, together
+STDIN = "<stdin>"
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class InputError(ValueError):
+    """Text that cannot be translated; the message names the file and the line."""
+
+
+def split_lines(data: bytes, name: str) -> list[str]:
+    r"""The lines of `data`: b"a\n\nb" -> ["a", "", "b"]; a byte order mark in front is dropped.
+
+    Raises:
+      InputError: a line that is not UTF-8; `name` says where it was.
+    """
+    raw = data.removeprefix(_BYTE_ORDER_MARK).split(b"\n")
+    if not raw[-1]:
+        raw.pop()
+    lines = []
+    for number, line in enumerate(raw, start=1):
+        try:
+            lines.append(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{name}:{number}: not UTF-8 at byte {error.start + 1} of the line ({error.reason}); nothing "
+                "was translated; convert the input first, for instance with iconv"
+            ) from error
+    return lines
+
+
+def read_lines(path: Path | None) -> list[str]:
+    """The lines of a file, or of standard input for None.
+
+    Raises:
+      InputError: as `split_lines`.
+      OSError: the file cannot be read.
+    """
+    if path is not None:
+        return split_lines(path.read_bytes(), str(path))
+    if sys.stdin.isatty():
+        print("reading lines until end of file (Ctrl-D)", file=sys.stderr)
+    return split_lines(sys.stdin.buffer.read(), STDIN)
+
+
+@contextlib.contextmanager
+def output(path: Path | None) -> Iterator[BinaryIO]:
+    """Where results go: standard output for None, else a file that appears under its name when whole.
+
+    What is no regular file (a pipe, /dev/null) is written to as it stands.
+    """
+    if path is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def translate(
+    translator: Translator,
+    lines: Sequence[str],
+    file: BinaryIO,
+    decode: str = "ar",
+    *,
+    nbest: int = 1,
+    batch_size: int | None = None,
+    window: int = WINDOW,
+    **options: Any,
+) -> None:
+    """Writes the translation of each of `lines` to `file`, window by window, with progress on stderr.
+
+    Args:
+      translator: the model.
+      lines: text.
+      file: where to.
+      decode: "ar" or "nar".
+      nbest: 1 writes one line per line; more writes up to so many, as `format_nbest` has it.
+      batch_size: most sentences decoded together.
+      window: lines read ahead to be sorted by length.  Results do not depend on it.
+      **options: any key of the config section `decode`.
+
+    Raises:
+      translator.DecodeError: as `Translator.decode`.
+    """
+    translator.options(decode, nbest=nbest, **options)  # complains before the first line is out
+    with report.progress(len(lines), "translate", unit="line") as progress:
+        for start in range(0, len(lines), window):
+            found, took = translator.decode(
+                lines[start : start + window],
+                decode,
+                nbest=nbest,
+                batch_size=batch_size,
+                on_batch=progress.advance,
+                **options,
+            )
+            for message in cut_messages(took.cut, start):
+                progress.say(message)
+            for number, hypotheses in enumerate(found, start):
+                texts = [hypotheses[0].text] if nbest == 1 else format_nbest(number, hypotheses)
+                file.write("".join(f"{text}\n" for text in texts).encode("utf-8"))
+            file.flush()
+
+
+def format_nbest(number: int, hypotheses: Sequence[Hypothesis]) -> list[str]:
+    """Moses' n-best format, `number ||| text ||| score`, with lines counted from 0."""
+    return [f"{number} ||| {h.text} ||| {h.score:.6f}" for h in hypotheses]
+
+
+def cut_messages(
+    cut: Sequence[tuple[int, int, int]], start: int = 0, limit: int | None = None
+) -> Iterator[str]:
+    """What to say about lines that were cut: `Report.cut` of lines that begin at `start`.
+
+    Args:
+      cut: (line, tokens, kept) each.
+      start: number of the first line, from 0; messages count from 1.
+      limit: how many to name; the others are counted.
+    """
+    for line, tokens, kept in cut[:limit]:
+        yield f"line {start + line + 1}: {tokens:,} tokens are too many; cut to the first {kept:,}"
+    if limit is not None and len(cut) > limit:
+        yield f"... and {len(cut) - limit:,} more lines were cut"

@@ -1,0 +1,101 @@
+import dataclasses
+import json
+
+import pytest
+
+from janus_jax import run
+from janus_jax.config import Config, DecodeConfig, ModelConfig, OptimConfig, TrainConfig
+from janus_jax.run import RunError
+from janus_jax.text import Vocabulary
+
+
+def test_a_claimed_folder_opens_with_its_configuration(tmp_path):
+    config = Config(model=ModelConfig(dim=64), seed=3)
+    run.claim(tmp_path / "deep" / "run", config)
+    opened = run.open_run(tmp_path / "deep" / "run")
+    assert opened.config == config
+    assert opened.checkpoints == opened.folder / "checkpoints"
+    assert opened.data_folder == opened.folder / "data"
+    assert json.loads((opened.folder / "versions.json").read_text())["jax"]
+
+
+def test_data_may_lie_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = Config(data=dataclasses.replace(Config().data, dir="~/sets"))
+    assert str(run.Run(tmp_path, config).data_folder) == "/home/someone/sets"
+
+
+def test_what_does_not_change_what_is_learnt_may_change(tmp_path):
+    run.claim(tmp_path, Config())
+    changed = Config(
+        train=TrainConfig(steps=99, log_every=1),
+        decode=DecodeConfig(beam=2),
+        model=ModelConfig(remat=True),
+        data=dataclasses.replace(Config().data, test_split="val"),
+    )
+    run.claim(tmp_path, changed)
+    assert run.open_run(tmp_path).config == changed
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
+    run.claim(tmp_path, Config())
+    with pytest.raises(RunError) as caught:
+        run.claim(tmp_path, Config(seed=1, model=ModelConfig(dim=64)))
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path} belongs to a run with another configuration:",
+        "  seed: 0 there, 1 asked for",
+        "  model.dim: 256 there, 64 asked for",
+        "choose another --workdir, or leave --config out to go on with that run",
+    ]
+    assert run.open_run(tmp_path).config == Config()
+
+
+def test_the_end_of_a_polynomial_schedule_is_fixed(tmp_path):
+    run.claim(tmp_path, Config(optim=OptimConfig(schedule="polynomial")))
+    with pytest.raises(RunError, match=r"train.steps: 20000 there, 5 asked for"):
+        run.claim(tmp_path, Config(optim=OptimConfig(schedule="polynomial"), train=TrainConfig(steps=5)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be used: "),
+        ("[]", "cannot be used: "),
+        ('{"model": {"dmi": 3}}', r"unknown key 'model.dmi'; did you mean 'model.dim'\?"),
+        ('{"model": {"dim": "3"}}', r"model.dim must be int, got '3'"),
+    ],
+)
+def test_a_config_json_that_cannot_be_used(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(RunError, match=f"config.json .*(?s:.*){message}"):
+        run.open_run(tmp_path)
+
+
+def test_one_process_at_a_time(tmp_path):
+    busy = pytest.raises(RunError, match=r"is in use by another janus-jax process")
+    with run.locked(tmp_path), busy, run.locked(tmp_path):
+        pass
+    with run.locked(tmp_path):
+        pass
+
+
+def test_the_vocabulary_of_the_checkpoints_is_remembered(tiny_copy):
+    opened = run.open_run(tiny_copy.folder)
+    mine = opened.vocabulary()
+    text = [line for path in sorted(tiny_copy.raw.iterdir()) for line in path.read_text().splitlines()]
+    other = Vocabulary.train([*text, "more words"], mine.config, len(mine), mine.ids)
+    assert other.sha256 != mine.sha256
+    other.save(tiny_copy.folder)
+    with pytest.raises(RunError, match=f"sha256 {other.sha256}, the model has {mine.sha256}"):
+        opened.vocabulary()
+    opened.bind_vocabulary(other)
+    assert opened.vocabulary().sha256 == other.sha256
+
+
+def test_special_ids_must_be_those_of_the_model(tiny_copy):
+    path = tiny_copy.folder / "config.json"
+    values = json.loads(path.read_text())
+    values["model"]["ids"] |= {"unk": 4, "mask": 3}
+    path.write_text(json.dumps(values))
+    with pytest.raises(RunError, match=r"special ids SpecialIds\(.*; put back the vocab.model"):
+        run.open_run(tiny_copy.folder).vocabulary()

@@ -1,0 +1,235 @@
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import janus_jax
+from janus_jax import losses, run
+from janus_jax.checkpoint import CheckpointError, NoCheckpointError
+from janus_jax.config import LossConfig
+from janus_jax.run import RunError
+from janus_jax.text import Vocabulary, VocabularyError
+from janus_jax.translator import DecodeError, Translator
+
+LINES = ["Ein Hund sieht den Ball.", "", "Baum", "Ein Mann malt den Fluss und den Baum.", "q\0z 日本"]
+
+
+LONG = "wort " * 50
+
+
+@pytest.fixture
+def translator(tiny_translator):
+    return tiny_translator
+
+
+@pytest.mark.parametrize("decode", ["ar", "nar"])
+def test_a_line_does_not_depend_on_the_others(translator, decode):
+    together = translator.decode(LINES, decode)[0]
+    assert len(together) == len(LINES)
+    assert [len(found) for found in together] == [1] * len(LINES)
+    for line, found in zip(LINES, together, strict=True):
+        alone = translator.decode([line], decode, batch_size=1)[0][0]
+        assert alone[0].text == found[0].text
+        assert alone[0].tokens == found[0].tokens
+        assert alone[0].score == pytest.approx(found[0].score, abs=1e-5)
+    backwards = translator.decode(LINES[::-1], decode)[0][::-1]
+    assert [f[0].text for f in backwards] == [f[0].text for f in together]
+
+
+@pytest.mark.parametrize("decode", ["ar", "nar"])
+def test_eight_devices_write_what_one_writes(tiny_run, translator, decode):
+    params, _ = run.open_run(tiny_run.folder).params()
+    config = dataclasses.replace(tiny_run.config, mesh=dataclasses.replace(tiny_run.config.mesh, data=8))
+    spread = Translator(params, config, translator.vocabulary)
+    assert spread(LINES, decode) == translator(LINES, decode)
+
+
+def test_report(translator):
+    _, report = translator.decode([*LINES, LONG], "nar")
+    assert report.sentences == 6
+    assert report.batches == 3  # five lines that are not blank, two rows a batch
+    assert 5 <= report.passes <= 5 * 3
+    [(line, tokens, kept)] = report.cut
+    assert (line, kept) == (5, 24)
+    assert tokens > 50
+    assert report.speed()["sentences_per_s"] == pytest.approx(6 / report.seconds)
+    found, report = translator.decode([*LINES, LONG], "nar")
+    assert report.compile_seconds == 0
+    assert report.tokens == sum(best.tokens for best, *_ in found)
+
+
+def test_compiled_once_per_shape(tiny_run):
+    fresh = Translator.from_run(tiny_run.folder)
+    first = fresh.decode(LINES, "ar")[1]
+    again = fresh.decode(LINES[::-1], "ar")[1]
+    assert first.compile_seconds > 0
+    assert again.compile_seconds == 0
+    assert again.shapes == first.shapes
+    fresh.set_params(jax.tree.map(np.zeros_like, run.open_run(tiny_run.folder).params()[0]))
+    assert fresh.decode(LINES, "ar")[1].compile_seconds == 0
+
+
+def test_the_package_offers_it_without_importing_jax():
+    code = "import sys, janus_jax; assert 'jax' not in sys.modules; print(janus_jax.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", done.stdout)
+    assert janus_jax.Translator is Translator
+    with pytest.raises(AttributeError, match="no attribute 'Translater'"):
+        _ = janus_jax.Translater
+
+
+def test_nothing_and_blank_lines_need_no_model(translator):
+    assert translator([], "ar") == []
+    found, report = translator.decode(["", "  "], "nar", nbest=2)
+    assert [[h.text for h in f] for f in found] == [[""], [""]]
+    assert report.batches == 0
+
+
+def test_nbest_is_ordered_and_starts_with_the_best(translator):
+    for decode, n in (("ar", 2), ("nar", 3)):
+        best = translator.decode(LINES, decode)[0]
+        several = translator.decode(LINES, decode, nbest=n)[0]
+        assert [f[0].text for f in several] == [f[0].text for f in best]
+        for found in several:
+            scores = [h.score for h in found]
+            assert scores == sorted(scores, reverse=True)
+        assert max(map(len, several)) == n
+
+
+def test_rescoring_orders_candidates_by_their_ar_score(translator):
+    plain = translator.decode(LINES, "nar", nbest=3, candidates=3)[0]
+    rescored = translator.decode(LINES, "nar", nbest=3, candidates=3, rescore=True)[0]
+    for a, b in zip(plain, rescored, strict=True):
+        assert {h.text for h in a} == {h.text for h in b}
+        assert [h.score for h in b] == sorted((h.score for h in b), reverse=True)
+    assert [f[0].score for f in plain] != [f[0].score for f in rescored]
+
+
+def test_refinement_ends_with_the_translation(translator):
+    for line in (LINES[0], LINES[3], LONG):
+        text, passes = translator.refine(line)
+        assert len(passes) == 3
+        assert text == translator([line], "nar", early_stop=False)[0]
+        slots = len(passes[0].tokens)
+        assert all(passes[0].filled)
+        for before, after in itertools.pairwise(passes):
+            assert len(after.tokens) == len(after.confidence) == slots
+            kept = [i for i in range(slots) if not after.filled[i]]
+            assert [after.tokens[i] for i in kept] == [before.tokens[i] for i in kept]
+        assert sum(passes[-1].filled) < slots
+    assert translator.refine(" ") == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"decode": "both"}, "decode must be one of ar, nar, got 'both'"),
+        ({"beem": 3}, "unknown decoding option 'beem'; there are ban_unk, beam"),
+        ({"beam": 0}, "^decode.beam must be at least 1, got 0$"),
+        ({"decode": "nar", "iterations": 2.5}, "decode.iterations must be int, got 2.5"),
+        ({"nbest": 3}, "nbest = 3 needs beam of at least that; it is 2"),
+        ({"decode": "nar", "nbest": 4}, "nbest = 4 needs candidates of at least that; it is 3"),
+        ({"nbest": 0}, "nbest = 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_requests_that_cannot_be_served(translator, request_, message):
+    with pytest.raises(DecodeError, match=message):
+        translator.decode(LINES, **request_)
+
+
+def test_a_mode_that_was_not_trained(tiny_run, translator):
+    config = dataclasses.replace(tiny_run.config, loss=LossConfig(objective="cmlm"))
+    assert not losses.streams_needed(config.loss)["ar"]
+    other = Translator(run.open_run(tiny_run.folder).params()[0], config, translator.vocabulary)
+    assert other.modes == ("nar",)
+    with pytest.raises(DecodeError, match=r"objective 'cmlm' and decodes nar only"):
+        other(LINES, "ar")
+
+
+# -- run directories that cannot be used -----------------------------------------------------------
+
+
+def test_choice_of_checkpoint(tiny_run):
+    assert [Translator.from_run(tiny_run.folder, c).name for c in ("best", "latest", "2", "average:2")] == [
+        "step 1",
+        "step 2",
+        "step 2",
+        "average of the last 2 checkpoints",
+    ]
+    for wrong in ("newest", "average:x", "-1"):
+        with pytest.raises(RunError, match=r"must be best, latest, a step or average:N"):
+            Translator.from_run(tiny_run.folder, wrong)
+    with pytest.raises(NoCheckpointError, match=r"no checkpoint of step 7"):
+        Translator.from_run(tiny_run.folder, "7")
+    with pytest.raises(NoCheckpointError, match=r"cannot average the last 3"):
+        Translator.from_run(tiny_run.folder, "average:3")
+
+
+def test_no_run_directory(tmp_path):
+    with pytest.raises(RunError, match=r"is not a run directory: it has no config.json"):
+        Translator.from_run(tmp_path / "nothing")
+
+
+def test_no_checkpoint(tiny_copy):
+    shutil.rmtree(tiny_copy.folder / "checkpoints")
+    with pytest.raises(NoCheckpointError, match=r"no checkpoint in .*checkpoints"):
+        Translator.from_run(tiny_copy.folder)
+
+
+def test_half_written_checkpoint(tiny_copy):
+    for file in (tiny_copy.folder / "checkpoints" / "2").rglob("*"):
+        if file.is_file() and "scores" not in file.parts:
+            file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged"):
+        Translator.from_run(tiny_copy.folder, "latest")
+    assert Translator.from_run(tiny_copy.folder, "best").name == "step 1"
+    # What kill -9 in the middle of a save leaves behind is no checkpoint.
+    shutil.rmtree(tiny_copy.folder / "checkpoints" / "2")
+    (tiny_copy.folder / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
+    assert Translator.from_run(tiny_copy.folder, "latest").name == "step 1"
+
+
+def test_a_vocabulary_of_another_run(tiny_copy, tmp_path):
+    text = ["Zug fährt ab", "train leaves", "Käse und Brot", "cheese and bread", "viele andere Wörter"]
+    model = tiny_copy.config.model
+    other = Vocabulary.train(text, tiny_copy.config.vocab, 290, model.ids)
+    other.save(tiny_copy.folder)
+    with pytest.raises(RunError, match=r"number of entries 290, the model has 300; put back the vocab.model"):
+        Translator.from_run(tiny_copy.folder)
+    lines = [p.read_text() for p in sorted(tiny_copy.raw.iterdir())]
+    same_size = Vocabulary.train(
+        [*text * 20, *"".join(lines).splitlines()], tiny_copy.config.vocab, 300, model.ids
+    )
+    same_size.save(tiny_copy.folder)
+    with pytest.raises(RunError, match=r"sha256 [0-9a-f]{64}, the model has [0-9a-f]{64}"):
+        Translator.from_run(tiny_copy.folder)
+
+
+def test_a_damaged_or_missing_vocabulary(tiny_copy):
+    model = tiny_copy.folder / "vocab.model"
+    model.write_bytes(model.read_bytes() + b"\0")
+    with pytest.raises(VocabularyError, match=r"is not the vocabulary that .*vocab.json describes"):
+        Translator.from_run(tiny_copy.folder)
+    model.unlink()
+    with pytest.raises(VocabularyError, match=r"vocab.model is missing"):
+        Translator.from_run(tiny_copy.folder)
+
+
+def test_a_configuration_of_another_run(tiny_copy):
+    path = tiny_copy.folder / "config.json"
+    values = json.loads(path.read_text())
+    values["model"]["ffn"] = 48
+    path.write_text(json.dumps(values))
+    with pytest.raises(RunError, match=r"not the configuration of the checkpoint .*has shape \(16, 32\)|ffn"):
+        Translator.from_run(tiny_copy.folder)
+    path.write_text("{")
+    with pytest.raises(RunError, match=r"config.json cannot be used"):
+        Translator.from_run(tiny_copy.folder)
