@@ -189,7 +189,10 @@ def _batches(config: Config, opened: run.Run | None, length: int, share: int) ->
     tokens = _random_sources(config, rows, length, rng)
     for step in itertools.count():
         masked = np.stack(
-            [corrupt(row, example_rng(config.seed, step, i), config.batch, ids) for i, row in enumerate(tokens)]
+            [
+                corrupt(row, example_rng(config.seed, step, i), config.batch, ids)
+                for i, row in enumerate(tokens)
+            ]
         )
         yield {"source": tokens, "target": tokens, "masked": masked, "index": np.arange(rows, dtype=np.int32)}
 
@@ -206,13 +209,17 @@ def _sources(config: Config, opened: run.Run | None, length: int) -> np.ndarray:
         if 2 < len(ids) <= length and len(fitting) < most:
             fitting.append(ids + [config.model.ids.pad] * (length - len(ids)))
     if not fitting:
-        raise run.RunError(f"{opened.folder}: no sentence of {config.data.test_split} has at most {length} tokens")
+        raise run.RunError(
+            f"{opened.folder}: no sentence of {config.data.test_split} has at most {length} tokens"
+        )
     return np.asarray(fitting, np.int32)
 
 
 def _random_sources(config: Config, rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
     """[rows, length] int32 full rows of ordinary tokens between BOS and EOS."""
     ids = config.model.ids
-    tokens = rng.integers(max(dataclasses.astuple(ids)) + 1, config.model.vocab_size, (rows, length), np.int32)
+    tokens = rng.integers(
+        max(dataclasses.astuple(ids)) + 1, config.model.vocab_size, (rows, length), np.int32
+    )
     tokens[:, 0], tokens[:, -1] = ids.bos, ids.eos
     return tokens

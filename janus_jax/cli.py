@@ -196,6 +196,14 @@ def _bench(args: argparse.Namespace, overrides: Overrides) -> int:
     return bench.bench(config, args.workdir)
 
 
+def _demo(args: argparse.Namespace, overrides: Overrides) -> int:
+    config = resolve_config(args.config, args.workdir, overrides)
+    from janus_jax import demo
+
+    use_compilation_cache()
+    return demo.demo(config, args.workdir)
+
+
 def _options_for(mode: str, modes: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     """The decoding options given on the command line that matter to `mode`.
 
@@ -315,6 +323,15 @@ reads    WORKDIR/metrics.jsonl; several runs, separated by commas, are laid over
 writes   WORKDIR/training.png (of the first), or the file named by --output (.png, .svg or .pdf)
 
   janus-jax plot --workdir=runs/janus,runs/ar --output=curves.svg
+"""
+
+DEMO = """\
+Everything once, in minutes: train a small model on generated text, decode it both ways, draw pictures.
+
+reads    nothing: the data set is generated
+writes   WORKDIR, a run directory like any other, and in it training.png and refinement.png
+
+  janus-jax demo --config=configs/demo.py --workdir=runs/demo
 """
 
 # Help of the flags made from config.DecodeConfig, by mode.
@@ -447,10 +464,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         verbs[name].set_defaults(run=run)
         return verbs[name]
 
-    for name, run, text in (("prepare", _prepare, PREPARE), ("train", _train, TRAIN)):
+    def with_config(name: str, run: Callable[..., int], text: str, *, needs_workdir: bool = True) -> None:
         flags_ = verb(name, run, text, CONFIG_EPILOG)
         _add_config(flags_)
-        _add_workdir(flags_, required=True)
+        _add_workdir(flags_, required=needs_workdir)
+
+    with_config("prepare", _prepare, PREPARE)
+    with_config("train", _train, TRAIN)
     flags_ = verb("evaluate", _evaluate, EVALUATE)
     _add_workdir(flags_, required=True)
     flags_.add_argument("--split", default="", help="which split (default: data.test_split of the run)")
@@ -490,9 +510,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="write up to N hypotheses a line, best first, as `LINE ||| TEXT ||| SCORE`, lines from 0",
     )
     _add_decoding(flags_)
-    flags_ = verb("bench", _bench, BENCH, CONFIG_EPILOG)
-    _add_config(flags_)
-    _add_workdir(flags_, required=False)
+    with_config("bench", _bench, BENCH, needs_workdir=False)
     flags_ = verb("plot", _plot, PLOT)
     flags_.add_argument(
         "--workdir",
@@ -502,6 +520,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="run directories",
     )
     flags_.add_argument("--output", type=Path, metavar="FILE", help="the picture")
+    with_config("demo", _demo, DEMO)
     return top, verbs
 
 
@@ -618,7 +637,8 @@ def resolve_config(file: Path | None, workdir: Path | None, overrides: Overrides
 def load_config_file(path: Path) -> Config:
     """The checked configuration that `get_config()` of the Python file at `path` returns.
 
-    The file can import what lies in its own folder and in the one above: `from configs import base`.
+    The file can import what lies in the folder above it, in its own and in the current one:
+    `from configs import base`.
 
     Raises:
       ConfigFileError: no such file, an error in it, no get_config, or not a usable configuration.
@@ -629,7 +649,7 @@ def load_config_file(path: Path) -> Config:
         raise ConfigFileError(f"--config={path}: {error.strerror}") from error
     namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
-        with _importable(path.resolve().parent.parent, path.resolve().parent):
+        with _importable(path.resolve().parent.parent, path.resolve().parent, Path.cwd()):
             exec(compile(source, str(path), "exec"), namespace)
             if not callable(namespace.get("get_config")):
                 raise ConfigFileError(f"{path} has no function get_config()")

@@ -39,7 +39,7 @@ class Generator:
         return memory, lengths
 
     def limits(self, source: jax.Array) -> jax.Array:
-        """[B, S] -> [B] int32: the most tokens of each target, EOS counted; a function of the sentence alone."""
+        """[B, S] -> [B] int32: most tokens of each target, EOS counted; of the sentence alone."""
         n_source = jnp.sum(source != self.model.ids.pad, axis=1)
         wanted = jnp.floor(self.decode.max_length_a * n_source).astype(jnp.int32) + self.decode.max_length_b
         return jnp.clip(wanted, 1, self.slots(source.shape[1]))

@@ -103,6 +103,8 @@ class _Training:
         self.compiled: dict[tuple[Any, ...], Any] = {}
         self.compile_seconds = 0.0
         self.vocabulary = opened.vocabulary()
+        if checkpoints.latest() is None:
+            opened.bind_vocabulary(self.vocabulary)
         self.rows = mesh.data_parallelism(devices) * self.config.train.microbatches
         self.train_set = _open(opened, self.config.data.train_split, self.vocabulary)
         self.dev = _Dev(self)
@@ -175,11 +177,8 @@ class _Training:
     def _batches(self, start: int) -> Iterator[Batch]:
         config = self.config
         plan = BatchPlan(self.train_set.lengths, config.batch, seed=config.seed, row_multiple=self.rows)
-        if len(plan.overlong):
-            print(
-                f"{len(plan.overlong)} of {len(self.train_set)} training pairs are longer than the largest of "
-                f"batch.buckets ({config.batch.buckets[-1]}) and are left out"
-            )
+        if start and len(plan.overlong):  # `prepare` says so at the first start
+            print(f"{len(plan.overlong)} of {len(self.train_set)} training pairs are over-long and left out")
         return train_batches(
             self.train_set,
             config.batch,
@@ -233,20 +232,21 @@ class _Training:
         if metrics["ok"]:
             return
         examples = [int(i) for i in update.examples if i >= 0]
+        listed = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
         what = (
             f"update {update.step} was not applied: loss {metrics['loss']:g}, gradient norm "
-            f"{metrics['grad_norm']:g} (limit {self.config.train.max_grad_norm:g}); batch of shape {update.shape}, "
-            f"training examples {', '.join(map(str, examples[:8]))}{', ...' if len(examples) > 8 else ''}"
+            f"{metrics['grad_norm']:g} (limit {self.config.train.max_grad_norm:g}); "
+            f"batch of shape {update.shape}, training examples {listed}"
         )
         row = {"event": "skipped", "loss": metrics["loss"], "grad_norm": metrics["grad_norm"]}
         self.writer.write(update.step, "event", row | {"examples": " ".join(map(str, examples))})
         in_a_row = int(metrics["skipped"])
         if self.config.train.nonfinite == "stop" or in_a_row >= self.config.train.max_skipped:
             latest = self.checkpoints.latest()
+            newest = "there is none yet" if latest is None else f"it is step {latest}"
             raise TrainingError(
-                f"{what}\n{in_a_row} such update{'s' if in_a_row > 1 else ''} in a row; the newest checkpoint is "
-                f"{f'step {latest}' if latest is not None else 'none yet'}.  Lower optim.lr, set optim.clip_norm, "
-                "raise train.max_grad_norm, or set train.nonfinite = skip to skip such updates"
+                f"{what}\nsuch updates in a row: {in_a_row}; newest checkpoint: {newest}.  Lower optim.lr, "
+                "set optim.clip_norm, raise train.max_grad_norm, or set train.nonfinite = skip"
             )
         self.progress.say(f"skipped: {what}")
 

@@ -312,7 +312,7 @@ class Translator:
 
     def _call(self, function: Callable[..., Any], key: tuple[Any, ...], report: Report, *args: Any) -> Any:
         """Calls the compiled form of `function`, which is made once per shape; counts compile time apart."""
-        base = getattr(function, "func", function)
+        base: Any = getattr(function, "func", function)
         shapes = tuple(x.shape for x in jax.tree.leaves(args[1:]))
         full_key = (base.__self__, base.__name__, key, shapes)
         if full_key not in self._compiled:
@@ -325,7 +325,7 @@ class Translator:
     def _read(self, tokens: np.ndarray, scores: np.ndarray, nbest: int) -> list[Hypothesis]:
         """Hypotheses of one sentence, best first; those that do not exist are left out."""
         ids = self.config.model.ids
-        found = []
+        found: list[Hypothesis] = []
         for row, score in zip(tokens[:nbest], scores[:nbest], strict=True):
             if np.isfinite(score) or not found:
                 count = int(np.sum((row != ids.pad) & (row != ids.eos) & (row != ids.bos)))

@@ -1,18 +1,31 @@
-"""What all tests share: eight virtual CPU devices, and where the reference numbers lie."""
+"""What all tests share: eight virtual CPU devices, quick compiling, a tiny run, the reference numbers."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 import shutil
+import tempfile
 from typing import TYPE_CHECKING, NamedTuple
 
 os.environ.setdefault("NPROC", "16")  # virtual CPU devices can deadlock with fewer threads than devices
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Nearly all of a test's time is compiling: optimise little, and compile the same program once a session.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+for flag in FLAGS:
+    if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="janus-jax-xla-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name  # reaches the processes that tests start, too
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
-import pytest
+import pytest  # noqa: E402
 
 if TYPE_CHECKING:
     from janus_jax.config import Config

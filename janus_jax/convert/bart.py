@@ -13,7 +13,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from janus_jax.config import ModelConfig, SpecialIds
-from janus_jax.convert.names import ConvertError, Reader, half
+from janus_jax.convert.names import ConvertError, Reader, checked, half
+
+# Stored by some versions beside the one table that they are tied to.
+COPIES = ("lm_head.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
 
 
 def load_bart(
@@ -35,7 +38,7 @@ def load_bart(
     Raises:
       ConvertError: another kind of model, or a weight missing, left over or of the wrong shape.
     """
-    theirs = json.loads(Path(config).read_text(encoding="utf-8"))
+    theirs = _Settings(json.loads(Path(config).read_text(encoding="utf-8")), str(config))
     if theirs.get("model_type") != "bart":
         raise ConvertError(f"{config}: model_type is {theirs.get('model_type')!r}, expected 'bart'")
     if theirs["encoder_attention_heads"] != theirs["decoder_attention_heads"]:
@@ -68,6 +71,7 @@ def load_bart(
             start=theirs.get("decoder_start_token_id", eos),
         ),
     )
+    checked(ours, str(config))
     reader = Reader(load_file(weights), str(weights))
     params = {
         "target_table": reader.take("model.shared.weight", (size, ours.dim)),
@@ -76,5 +80,18 @@ def load_bart(
         "encoder": half(reader, "model.encoder.", ours),
         "decoder": half(reader, "model.decoder.", ours),
     }
-    reader.finish(ignored=("embed_tokens.weight", "lm_head.weight"))
+    for name in COPIES:
+        reader.take_copy(name, of="model.shared.weight")
+    reader.finish()
     return ours, params
+
+
+class _Settings(dict[str, Any]):
+    """config.json; a key that is not there is a ConvertError with its name."""
+
+    def __init__(self, values: dict[str, Any], origin: str) -> None:
+        super().__init__(values)
+        self.origin = origin
+
+    def __missing__(self, key: str) -> Any:
+        raise ConvertError(f"{self.origin}: no key {key!r}")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from janus_jax.config import ModelConfig, SpecialIds
-from janus_jax.convert.names import UNUSED_POSITIONS, ConvertError, Reader, State, half
+from janus_jax.convert.names import UNUSED_POSITIONS, ConvertError, Reader, State, checked, half
 
 # fairseq's dictionary order; the reference uses <unk> as the mask symbol and a converted model must too.
 FAIRSEQ_IDS = SpecialIds(bos=0, pad=1, eos=2, unk=3, mask=3, start=0)
@@ -71,6 +71,7 @@ def load_fairseq(
         dropout=dropout,
         ids=FAIRSEQ_IDS,
     )
+    checked(config, str(path))
     params: dict[str, Any] = {
         "target_table": tokens,
         "length_table": lengths,

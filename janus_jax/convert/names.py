@@ -18,11 +18,22 @@ from janus_jax.config import ModelConfig
 State = Mapping[str, np.ndarray]
 
 ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+ACTIVATIONS = ("relu", "gelu")
 UNUSED_POSITIONS = 2  # rows before the first real position
 
 
 class ConvertError(ValueError):
     """A state dict that is not what its converter expects; the message names the key."""
+
+
+def checked(config: ModelConfig, origin: str) -> ModelConfig:
+    """`config`, or ConvertError where it asks for what our model does not have."""
+    if config.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ConvertError(f"{origin}: activation {config.activation!r} is none of ours: {known}")
+    if config.heads < 1 or config.dim % config.heads:
+        raise ConvertError(f"{origin}: {config.heads} heads do not divide the width {config.dim}")
+    return config
 
 
 class Reader:
@@ -45,6 +56,11 @@ class Reader:
         self.taken.add(name)
         return value
 
+    def take_copy(self, name: str, of: str) -> None:
+        """Accounts for a second copy of weight `of`, if it is there; ConvertError if it is no copy."""
+        if name in self.state and not np.array_equal(self.take(name), self.take(of)):
+            raise ConvertError(f"{self.origin}: {name} differs from {of}, to which it should be tied")
+
     def depth(self, stack: str) -> int:
         """Number of layers below `stack`."""
         numbers = {k[len(stack) :].split(".")[0] for k in self.state if k.startswith(stack)}
@@ -52,7 +68,7 @@ class Reader:
             raise ConvertError(f"{self.origin}: layers {stack}0, 1, ... are missing or not contiguous")
         return len(numbers)
 
-    def finish(self, ignored: tuple[str, ...]) -> None:
+    def finish(self, ignored: tuple[str, ...] = ()) -> None:
         """ConvertError if a weight was left over: dropping one silently would change the model."""
         left = sorted(k for k in self.state if k not in self.taken and not k.endswith(ignored))
         if left:

@@ -110,7 +110,7 @@ class Decoder(nn.Module):
     def step(
         self, tokens: jax.Array, positions: jax.Array, content: KeysValues, index: jax.Array, memory: Memory
     ) -> tuple[jax.Array, KeysValues]:
-        """One AR step: token rows [R, 1 or 2, D], content cache [L, R, T, H, K] -> last slot [R, D], cache."""
+        """One AR step: rows [R, 1 or 2, D], content cache [L, R, T, H, K] -> last slot [R, D], cache."""
         cache = LayerCache(memory.layers, content)
         x, content = self.layers.step(self.input(tokens, positions), cache, (index, memory.mask))
         return self._finish(x[:, -1]), content

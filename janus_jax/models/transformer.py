@@ -251,7 +251,7 @@ def layer_norm(config: ModelConfig) -> nn.Module:
 
 
 def sinusoidal_positions(positions: jax.Array, dim: int) -> jax.Array:
-    """Fixed sine and cosine table rows: [..] int -> [.., D] float32 (Vaswani et al. 2017, fairseq's order)."""
+    """Fixed sine and cosine table rows: [..] int -> [.., D] float32 (Vaswani et al. 2017)."""
     half = dim // 2
     rates = jnp.exp(-jnp.log(10_000.0) / max(half - 1, 1) * jnp.arange(half))
     angles = positions[..., None].astype(jnp.float32) * rates

@@ -1,0 +1,207 @@
+"""Training as a user meets it: it resumes bit for bit, stops when told, and says what went wrong."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from janus_jax import checkpoint, report, run, train
+from janus_jax.config import Config, from_dict
+
+STEPS = 12
+
+
+def tiny(**changes) -> Config:
+    values = {
+        "data": {
+            "name": "phrases",
+            "source": "en",
+            "target": "de",
+            "dev_split": "valid",
+            "test_split": "test",
+            "size": 400,
+        },
+        "batch": {"buckets": [24, 40], "tokens": 240, "workers": 1, "prefetch": 2},
+        "model": {
+            "vocab_size": 400,
+            "dim": 16,
+            "ffn": 32,
+            "heads": 2,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "max_positions": 48,
+            "dropout": 0.1,
+        },
+        "optim": {"lr": 3e-3, "warmup_steps": 4},
+        "train": {
+            "steps": STEPS,
+            "log_every": 1,
+            "eval_every": 6,
+            "checkpoint_every": 3,
+            "dev_sentences": 4,
+            "dev_iterations": 2,
+            "tensorboard": False,
+        },
+        "mesh": {"data": 1},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values.setdefault(section, {})[name] = value
+    return from_dict(values)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> pathlib.Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert train.train(tiny(data__dir=str(data)), folder) == train.DONE
+    return folder
+
+
+def rows(folder: pathlib.Path) -> list[dict]:
+    return report.comparable(report.read_metrics(folder))
+
+
+def test_a_run_leaves_a_complete_directory(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert {
+        "config.json",
+        "versions.json",
+        "vocab.model",
+        "vocab.json",
+        "metrics.jsonl",
+        "training.png",
+    } <= names
+    assert checkpoint.list_steps(finished / "checkpoints") == [3, 6, 9, 12]
+    train_rows = [r for r in rows(finished) if r["kind"] == "train"]
+    assert [r["step"] for r in train_rows] == list(range(1, STEPS + 1))
+    terms = {
+        "ar",
+        "nar",
+        "aux",
+        "length",
+        "kl_nar_aux",
+        "kl_ar_aux",
+        "kl_ar_nar",
+        "nll_ar",
+        "grad_norm",
+        "lr",
+    }
+    assert terms <= set(train_rows[0]["metrics"])
+    dev = [r["metrics"] for r in rows(finished) if r["kind"] == "dev"]
+    assert len(dev) == 2
+    assert {"loss", "bleu_ar", "bleu_nar", "bleu"} <= set(dev[0])
+    assert dev[1]["loss"] < dev[0]["loss"]
+
+
+def test_a_finished_run_is_left_alone(finished, data, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert train.train(tiny(data__dir=str(data)), finished) == train.DONE
+    assert "already trained" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_sigterm_saves_and_the_next_start_goes_on_bit_for_bit(finished, data, tmp_path):
+    def stop_after_two_rows() -> None:
+        while not (tmp_path / "metrics.jsonl").exists() or len(report.read_metrics(tmp_path)) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop_after_two_rows)
+    watcher.start()
+    config = tiny(data__dir=str(data))
+    assert train.train(config, tmp_path) == train.STOPPED
+    watcher.join()
+    stopped_at = checkpoint.find_step(tmp_path / "checkpoints")
+    assert 2 <= stopped_at < STEPS
+    assert train.train(config, tmp_path) == train.DONE
+    assert rows(tmp_path) == rows(finished)
+
+
+def test_kill_9_and_the_next_start_goes_on_bit_for_bit(finished, data, tmp_path):
+    config = tiny(data__dir=str(data))
+    (tmp_path / "wanted.json").write_text(json.dumps(config.to_dict()))
+    script = (
+        "import json, pathlib, sys\n"
+        "from janus_jax import train\n"
+        "from janus_jax.config import from_dict\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "train.train(from_dict(json.loads((folder / 'wanted.json').read_text())), folder)\n"
+    )
+    kill_at = int(np.random.default_rng(20221).integers(4, STEPS))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (
+        metrics.exists() and f'"step": {kill_at}, "kind": "train"' in metrics.read_text()
+    ):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert train.train(config, tmp_path) == train.DONE
+    assert rows(tmp_path) == rows(finished)
+
+
+def test_a_run_goes_on_with_another_number_of_devices(data, tmp_path):
+    # 40 rows of 24 and 24 of 40 slots: shapes that one and eight devices share
+    one = tiny(data__dir=str(data), batch__tokens=960, mesh__data=1)
+    first = dataclasses.replace(one, train=dataclasses.replace(one.train, steps=6))
+    assert train.train(first, tmp_path / "mixed") == train.DONE
+    eight = dataclasses.replace(one, mesh=dataclasses.replace(one.mesh, data=8))
+    assert train.train(eight, tmp_path / "mixed") == train.DONE
+    assert train.train(one, tmp_path / "one") == train.DONE
+    mixed, alone = (
+        [r["metrics"] for r in rows(tmp_path / n) if r["kind"] == "train"] for n in ("mixed", "one")
+    )
+    assert mixed[:6] == alone[:6]
+    for a, b in zip(mixed[6:], alone[6:], strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert a["masked"] == b["masked"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_an_exploding_update_is_named(policy, data, tmp_path):
+    config = tiny(
+        data__dir=str(data),
+        train__nonfinite=policy,
+        train__max_grad_norm=1e-9,
+        train__max_skipped=3,
+        train__steps=6,
+    )
+    with pytest.raises(train.TrainingError) as error:
+        train.train(config, tmp_path)
+    message = str(error.value)
+    step = 1 if policy == "stop" else 3
+    assert f"update {step} was not applied" in message
+    assert "training examples" in message
+    assert "optim.lr" in message
+    skipped = [r for r in report.read_metrics(tmp_path) if r["metrics"].get("event") == "skipped"]
+    assert [r["step"] for r in skipped] == list(range(1, step + 1))
+
+
+def test_two_processes_cannot_share_a_workdir(data, tmp_path):
+    with run.locked(tmp_path), pytest.raises(run.RunError, match="in use"):
+        train.train(tiny(data__dir=str(data)), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_another_configuration_is_refused_before_anything_is_written(finished, data):
+    before = sorted(p.name for p in finished.iterdir())
+    with pytest.raises(run.RunError, match=r"model\.dim: 16 there, 32 asked for"):
+        train.train(tiny(data__dir=str(data), model__dim=32), finished)
+    assert sorted(p.name for p in finished.iterdir()) == before
