@@ -203,7 +203,8 @@ def _sources(config: Config, opened: run.Run | None, length: int) -> np.ndarray:
     if not opened:
         return _random_sources(config, most, length, np.random.default_rng(config.seed))
     pairs = open_split(config.data, opened.data_folder, config.data.test_split)
-    vocabulary, fitting = opened.vocabulary(), []
+    vocabulary = opened.vocabulary()
+    fitting: list[list[int]] = []
     for source, _ in itertools.islice(pairs, 4 * most):
         ids = vocabulary.encode(source)
         if 2 < len(ids) <= length and len(fitting) < most:

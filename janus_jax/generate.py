@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ class Generator:
 
     def remember(self, params: Params, source: jax.Array) -> tuple[Memory, jax.Array]:
         """Encodes [B, S] once -> (memory, candidate target lengths [B, G] with BOS and EOS)."""
-        memory = Janus(self.model).apply({"params": params}, source, method="remember")
+        memory: Memory = self._apply(params, "remember", source)
         lengths = mask_predict.candidate_lengths(
             memory.length_logits,
             self.decode.candidates,
@@ -52,7 +53,7 @@ class Generator:
 
     def autoregressive(self, params: Params, source: jax.Array) -> beam.BeamResult:
         """Left to right, greedily (`beam` = 1) or by beam search: [B, S] -> hypotheses, best first."""
-        model, ids, width = Janus(self.model), self.model.ids, self.decode.beam
+        ids, width = self.model.ids, self.decode.beam
         memory, _ = self.remember(params, source)
         slots = self.slots(source.shape[1])
         options = beam.BeamOptions(
@@ -64,7 +65,7 @@ class Generator:
         )
 
         def step(tokens: jax.Array, index: jax.Array, cache: object) -> tuple[jax.Array, object]:
-            return model.apply({"params": params}, tokens, index, cache, memory, method="ar_step")
+            return self._apply(params, "ar_step", tokens, index, cache, memory)
 
         cache = empty_cache(self.model, source.shape[0], width, slots)
         limits = self.limits(source)
@@ -101,11 +102,12 @@ class Generator:
         )
 
         def fill(canvas: jax.Array) -> jax.Array:
-            return Janus(self.model).apply({"params": params}, canvas, memory, method="nar_pass")
+            return self._apply(params, "nar_pass", canvas, memory)
 
         result = mask_predict.mask_predict(fill, lengths, options)
-        scores = self.rescore(params, memory, result.tokens) if self.decode.rescore else None
-        return mask_predict.choose(result, scores), result
+        if self.decode.rescore:
+            result = result._replace(scores=self.rescore(params, memory, result.tokens))
+        return mask_predict.choose(result), result
 
     def rescore(self, params: Params, memory: Memory, tokens: jax.Array) -> jax.Array:
         """AR scores of whole candidates in one parallel pass: [B, G, T] -> [B, G] float32.
@@ -113,11 +115,15 @@ class Generator:
         Sum of log p, EOS counted, over length ** length_penalty: what the same model's beam search
         would have given them.
         """
-        logits = Janus(self.model).apply({"params": params}, tokens, memory, method="ar_pass")
+        logits = self._apply(params, "ar_pass", tokens, memory)
         log_p = jax.nn.log_softmax(logits, axis=-1)
         real = (tokens != self.model.ids.pad).at[:, :, 0].set(False)  # BOS is given, not predicted
         picked = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
         return jnp.sum(picked * real, axis=-1) / jnp.sum(real, axis=-1) ** self.decode.length_penalty
+
+    def _apply(self, params: Params, method: str, *args: object) -> Any:
+        """A method of the model with these parameters."""
+        return Janus(self.model).apply({"params": params}, *args, method=method)
 
     def _banned(self, *, eos: bool) -> tuple[int, ...]:
         """Symbols that are no output: pad, bos, start, mask; unk by option; EOS where the length is given."""

@@ -131,13 +131,14 @@ def eval_step(params: Params, batch: Batch, config: Config) -> losses.Terms:
 
 def forward(params: Params, batch: Batch, config: Config, key: jax.Array | None) -> Outputs:
     """Logits that the objective needs; dropout is on exactly when a key is given."""
-    streams = losses.streams_needed(config.loss)
+    streams: dict[str, Any] = losses.streams_needed(config.loss)
     source, target, masked = batch["source"], batch["target"], batch["masked"]
     if config.loss.objective == "rdrop" and key is not None:
         # Two passes with their own dropout are one pass over the batch twice.
         source, target, masked = (jnp.tile(x, (2, 1)) for x in (source, target, masked))
     rngs = None if key is None else {"dropout": key}
-    return Janus(config.model).apply({"params": params}, source, target, masked, rngs=rngs, **streams)
+    model: Any = Janus(config.model)
+    return model.apply({"params": params}, source, target, masked, rngs=rngs, **streams)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

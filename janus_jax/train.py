@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import signal
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -277,8 +277,8 @@ class _Dev:
     def evaluate(self, params: Any) -> dict[str, float]:
         """`loss`, every term, `bleu_ar` and `bleu_nar` for the modes trained, and `bleu`, their mean."""
         config = self.training.config
-        terms: Counter[str] = Counter()
-        weights: Counter[str] = Counter()
+        terms: defaultdict[str, float] = defaultdict(float)
+        weights: defaultdict[str, float] = defaultdict(float)
         batches = eval_batches(
             self.examples, config.batch, row_multiple=mesh.data_parallelism(self.training.mesh)
         )

@@ -8,25 +8,24 @@ One line comes back for each line given, always and in order; the result of a li
 the others.  A blank line yields an empty one without troubling the model; a line longer than the
 model was trained for is cut, and said so in `Report.cut`.
 
-Letters: B sentences of a decoding batch, S source length, T target slots.
-Room: composes [disk] run and [devices] mesh with the pure generate; used by the shells.
+Room: composes run [disk] and engine [devices]; used by the shells.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from janus_jax import losses, mesh, run
+from janus_jax import losses, run
 from janus_jax.config import Config, ConfigError, DecodeConfig, ModelConfig, from_dict
+from janus_jax.engine import Engine, Report
 from janus_jax.generate import Generator, with_options
 from janus_jax.models import init_params
 from janus_jax.text import Vocabulary, clean_line
@@ -48,30 +47,6 @@ class Hypothesis:
     tokens: int  # generated, EOS not counted
 
 
-@dataclass
-class Report:
-    """What decoding a set of lines took."""
-
-    sentences: int = 0
-    tokens: int = 0  # generated target tokens, EOS not counted, of the best hypotheses
-    seconds: float = 0.0  # everything but compiling: tokenising, transfer, decoding, detokenising
-    compile_seconds: float = 0.0
-    batches: int = 0
-    shapes: set[tuple[int, ...]] = field(default_factory=set)
-    passes: int = 0  # NAR: decoder passes, summed over sentences
-    cut: list[tuple[int, int, int]] = field(default_factory=list)  # line (from 0), its tokens, tokens kept
-
-    def speed(self) -> dict[str, float]:
-        """Rates without compile time, as shown in tables and kept in JSON."""
-        seconds = max(self.seconds, 1e-9)
-        return {
-            "sentences_per_s": self.sentences / seconds,
-            "tokens_per_s": self.tokens / seconds,
-            "seconds": self.seconds,
-            "compile_seconds": self.compile_seconds,
-        }
-
-
 @dataclass(frozen=True)
 class Pass:
     """One pass of a refinement: what each slot holds after it."""
@@ -87,9 +62,7 @@ class Translator:
     def __init__(self, params: Any, config: Config, vocabulary: Vocabulary, *, name: str = "") -> None:
         """Lays `params` on all devices.  `name` says what they are, for reports."""
         self.config, self.vocabulary, self.name = config, vocabulary, name
-        self._mesh = mesh.make_mesh(config.mesh.data)
-        self._params = jax.device_put(params, mesh.replicated(self._mesh))
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._engine = Engine(params, config)
 
     @classmethod
     def from_run(cls, workdir: str | os.PathLike[str], checkpoint: str = "best") -> Translator:
@@ -112,7 +85,7 @@ class Translator:
 
     def set_params(self, params: Any) -> None:
         """Other parameters of the same model; what is compiled stays."""
-        self._params = jax.device_put(params, mesh.replicated(self._mesh))
+        self._engine.set_params(params)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -189,8 +162,7 @@ class Translator:
             for row in range(rows):
                 ids = sources[chunk[min(row, len(chunk) - 1)]]  # a filler row repeats the last sentence
                 source[row, : len(ids)] = ids
-            run_batch = self._run_ar if decode == "ar" else self._run_nar
-            tokens, scores, passes = run_batch(generator, source, report)
+            tokens, scores, passes = self._engine.run(decode, generator, source, report)
             for row, line in enumerate(chunk):
                 found[line] = self._read(tokens[row], scores[row], nbest)
                 report.tokens += found[line][0].tokens
@@ -210,17 +182,11 @@ class Translator:
         length = next(b for b in self.config.batch.buckets if b >= len(encoded[0]))
         source = np.full((1, length), generator.model.ids.pad, np.int32)
         source[0, : len(encoded[0])] = encoded[0]
-        source = jax.device_put(source, mesh.replicated(self._mesh))
-        memory, lengths = self._call(generator.remember, (), report, self._params, source)
-        slots = self._slots(lengths, length, generator)
-        decode = functools.partial(generator.non_autoregressive, slots=slots, history=True)
-        choice, result = jax.device_get(
-            self._call(decode, (slots, True), report, self._params, memory, lengths)
-        )
+        choice, history = self._engine.refine(generator, source, report)
         winner, n = int(choice.candidate[0]), int(choice.lengths[0])
         passes = []
-        filled = np.ones(slots, np.bool_)
-        for tokens, log_probs, remasked in zip(*result.history, strict=True):
+        filled = np.ones(choice.tokens.shape[1], np.bool_)
+        for tokens, log_probs, remasked in zip(*history, strict=True):
             inner = slice(1, n - 1)
             passes.append(
                 Pass(
@@ -270,57 +236,8 @@ class Translator:
         rows = most
         while rows // PARTIAL >= sentences:
             rows //= PARTIAL
-        share = mesh.data_parallelism(self._mesh)
+        share = self._engine.devices
         return -(-rows // share) * share
-
-    def _run_ar(
-        self, generator: Generator, source: np.ndarray, report: Report
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[B, S] -> tokens [B, beam, T], scores [B, beam], passes [B]."""
-        placed = mesh.global_batch(self._mesh, {"source": source})["source"]
-        result = self._call(generator.autoregressive, (), report, self._params, placed)
-        tokens, scores = jax.device_get((result.tokens, result.scores))
-        return tokens, scores, np.zeros(len(source))
-
-    def _run_nar(
-        self, generator: Generator, source: np.ndarray, report: Report
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[B, S] -> tokens [B, candidates, T], best first, scores, passes of the best [B].
-
-        The lengths are read back between two compiled parts, so that the canvas is no larger than
-        the longest candidate of this batch needs.
-        """
-        placed = mesh.global_batch(self._mesh, {"source": source})["source"]
-        memory, lengths = self._call(generator.remember, (), report, self._params, placed)
-        slots = self._slots(lengths, source.shape[1], generator)
-        fill = dataclasses.replace(generator, decode=with_options(generator.decode, rescore=False))
-        decode = functools.partial(fill.non_autoregressive, slots=slots)
-        _, result = self._call(decode, (slots,), report, self._params, memory, lengths)
-        scores = result.scores
-        if generator.decode.rescore:  # of all candidates, as n-best lists want to be in this order too
-            scores = self._call(generator.rescore, (), report, self._params, memory, result.tokens)
-        tokens, scores, passes = jax.device_get((result.tokens, scores, result.passes))
-        order = np.argsort(-scores, axis=1, kind="stable")  # of equals the first, as `choose` has it
-        scores, passes = (np.take_along_axis(x, order, 1) for x in (scores, passes))
-        return np.take_along_axis(tokens, order[..., None], 1), scores, passes[:, 0]
-
-    def _slots(self, lengths: jax.Array, source_length: int, generator: Generator) -> int:
-        """The canvas that holds the longest of `lengths`: a bucket, so that shapes stay few."""
-        longest = int(jax.device_get(lengths).max())
-        most = generator.slots(source_length) + 1
-        return min([b for b in self.config.batch.buckets if longest <= b < most], default=most)
-
-    def _call(self, function: Callable[..., Any], key: tuple[Any, ...], report: Report, *args: Any) -> Any:
-        """Calls the compiled form of `function`, which is made once per shape; counts compile time apart."""
-        base: Any = getattr(function, "func", function)
-        shapes = tuple(x.shape for x in jax.tree.leaves(args[1:]))
-        full_key = (base.__self__, base.__name__, key, shapes)
-        if full_key not in self._compiled:
-            start = time.perf_counter()
-            self._compiled[full_key] = jax.jit(function).lower(*args).compile()
-            report.compile_seconds += time.perf_counter() - start
-        report.shapes.add((*shapes[0], *key))
-        return self._compiled[full_key](*args)
 
     def _read(self, tokens: np.ndarray, scores: np.ndarray, nbest: int) -> list[Hypothesis]:
         """Hypotheses of one sentence, best first; those that do not exist are left out."""

@@ -64,7 +64,10 @@ def batch():
 
 @pytest.fixture(scope="module")
 def start():
-    return init_state(BASE)
+    """A state whose parameters are far enough from zero for every term to count."""
+    state, rng = init_state(BASE), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), state.params)
+    return state._replace(params=params, ema=params)
 
 
 @pytest.fixture(scope="module")
