@@ -307,7 +307,7 @@ def restore_params(folder: str | os.PathLike[str], step: int | str = LATEST, par
     """
     folder = _absolute(folder)
     path = _join(folder, find_step(folder, step))
-    with _reading(path, f"choose another step with --step, of {_listed(list_steps(folder))}"):
+    with _reading(path, f"choose another step with --checkpoint, of {_listed(list_steps(folder))}"):
         return _read_part(path, part)
 
 

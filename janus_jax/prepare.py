@@ -36,7 +36,7 @@ class Prepared:
 
 def data_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     """Where the prepared data of a run lie."""
-    return pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
+    return pathlib.Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
 
 
 def load_split(config: Config, workdir: pathlib.Path, vocabulary: Vocabulary, split: str) -> EncodedSource:

@@ -244,7 +244,7 @@ def test_parameters_alone(folder):
 def test_reading_parameters_does_not_fall_back(folder):
     write(folder)
     truncate(folder / "3")
-    with pytest.raises(CheckpointError, match=r"checkpoints/3 is damaged .* --step, of 1, 2, 3"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/3 is damaged .* --checkpoint, of 1, 2, 3"):
         checkpoint.restore_params(folder)
 
 

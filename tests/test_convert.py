@@ -123,7 +123,10 @@ def test_names_may_carry_a_prefix_and_other_arrays_are_then_left_alone(save):
         ({"decoder.layers.1.fc1.bias": None}, "no weight named 'decoder.layers.1.fc1.bias'"),
         ({"decoder.embed_length.weight": None}, "no weight named 'decoder.embed_length.weight'"),
         ({"decoder.adapter.weight": np.zeros(3)}, "no place in the model: decoder.adapter.weight"),
-        ({"encoder.layers.0.fc2.weight": np.zeros((D, D))}, r"encoder.layers.0.fc2.weight .*\(4, 4\).*\(4, 6\)"),
+        (
+            {"encoder.layers.0.fc2.weight": np.zeros((D, D))},
+            r"encoder.layers.0.fc2.weight .*\(4, 4\).*\(4, 6\)",
+        ),
         ({"encoder.embed_tokens.weight": np.zeros((V + 1, D))}, r"encoder.embed_tokens.weight .*\(12, 4\)"),
         ({"encoder.layers.2.fc1.weight": np.zeros((F, D))}, "encoder.layers.0, 1, ... .* not contiguous"),
     ],
@@ -147,7 +150,7 @@ def test_heads_must_be_told_and_must_divide(save):
 def test_an_activation_that_the_model_does_not_have_is_named(save):
     path = save(fairseq_state())
     assert load_fairseq(path, heads=2, activation="gelu")[0].activation == "gelu"
-    with pytest.raises(ConvertError, match="activation 'gelu_fast' .* relu, gelu"):
+    with pytest.raises(ConvertError, match=r"activation 'gelu_fast' .* relu, gelu"):
         load_fairseq(path, heads=2, activation="gelu_fast")
 
 
@@ -161,7 +164,8 @@ def test_a_pt_file_without_torch_names_the_remedy(tmp_path, monkeypatch):
 def test_a_pt_file_tells_what_an_npz_cannot(tmp_path, monkeypatch, layout):
     values = {"decoder_attention_heads": 2, "activation_fn": "gelu", "no_scale_embedding": True}
     tensors = {
-        k: SimpleNamespace(float=lambda v=v: SimpleNamespace(numpy=lambda: v)) for k, v in fairseq_state().items()
+        k: SimpleNamespace(float=lambda v=v: SimpleNamespace(numpy=lambda: v))
+        for k, v in fairseq_state().items()
     }
     arguments = {"args": SimpleNamespace(**values)} if layout == "args" else {"cfg": {"model": values}}
     fake = SimpleNamespace(load=lambda path, **_: {"model": tensors, **arguments})
@@ -169,7 +173,9 @@ def test_a_pt_file_tells_what_an_npz_cannot(tmp_path, monkeypatch, layout):
     config, params = load_fairseq(tmp_path / "model.pt")
     assert (config.heads, config.activation, config.scale_embeddings) == (2, "gelu", False)
     assert_loadable(config, params)
-    assert load_fairseq(tmp_path / "model.pt", heads=4, activation="relu", scale_embeddings=True)[0].heads == 4
+    assert (
+        load_fairseq(tmp_path / "model.pt", heads=4, activation="relu", scale_embeddings=True)[0].heads == 4
+    )
 
 
 # BART ------------------------------------------------------------------------------------------------
@@ -218,7 +224,12 @@ def load(tmp_path):
 
 def test_bart_becomes_a_model_that_predicts_from_the_content_stream(load):
     config, params = load()
-    assert (config.ar_stream, config.embed_norm, config.output_bias, config.norm) == ("content", True, True, "post")
+    assert (config.ar_stream, config.embed_norm, config.output_bias, config.norm) == (
+        "content",
+        True,
+        True,
+        "post",
+    )
     assert config.ids == SpecialIds(pad=1, bos=0, eos=2, unk=3, mask=V - 1, start=2)
     assert not config.scale_embeddings
     assert_loadable(config, params)

@@ -10,6 +10,7 @@ import pytest
 
 from janus_jax import mesh
 from janus_jax.config import DecodeConfig, ModelConfig, SpecialIds
+from janus_jax.decode.mask_predict import mean_log_prob
 from janus_jax.generate import Generator, with_options
 from janus_jax.models import Janus, init_params
 
@@ -23,24 +24,34 @@ MODEL = ModelConfig(
     decoder_layers=1,
     max_positions=64,
     max_length=40,
+    tie_output=False,
     output_bias=True,
     dropout=0.0,
 )
 DECODE = DecodeConfig(beam=1, max_length_a=1.0, max_length_b=3, iterations=4, candidates=3)
 WIDE = 12  # slots of the sources
+SEED = 4  # whose model says different things to different sources
 SPECIAL = (IDS.pad, IDS.bos, IDS.unk, IDS.mask)
+
+
+def random_params(seed):
+    rng = np.random.default_rng(seed)
+
+    def draw(path, x):
+        scale = path[-1].key == "scale"
+        return scale + (0.2 if scale else 0.7) * rng.normal(size=x.shape).astype(np.float32)
+
+    abstract = jax.eval_shape(lambda: init_params(jax.random.key(0), MODEL))
+    drawn = jax.tree_util.tree_map_with_path(draw, abstract)
+    drawn["decoder"]["input"]["positions"] *= 4  # slots that differ by their place alone
+    drawn["output_bias"][[*SPECIAL, IDS.eos]] = 3.0  # it would rather say what is never to be said
+    drawn["length_table"][13:] = 0  # few sentences predict a length beyond their limits
+    return drawn
 
 
 @pytest.fixture(scope="module")
 def params():
-    """Random parameters of a model that would rather say what is never to be said."""
-    rng = np.random.default_rng(2)
-    abstract = jax.eval_shape(lambda: init_params(jax.random.key(0), MODEL))
-    drawn = jax.tree.map(lambda x: 0.5 * rng.normal(size=x.shape).astype(np.float32), abstract)
-    drawn["output_bias"][list(SPECIAL)] = 3.0
-    drawn["output_bias"][IDS.eos] = 1.5
-    drawn["length_table"] *= 4
-    return drawn
+    return random_params(SEED)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +114,7 @@ def assert_same(ours, expected):
 def test_the_hypotheses_differ(way):
     """Else what follows would show nothing."""
     tokens = way[1].tokens.reshape(8, -1)
-    assert len(np.unique(tokens, axis=0)) >= 6
+    assert len(np.unique(tokens, axis=0)) >= 5
 
 
 def test_a_sentence_alone_and_in_a_batch_is_the_same(way, source):
@@ -224,10 +235,12 @@ def test_a_rescored_choice_is_the_best_candidate_by_its_ar_score(params, source)
         return choice, result, g.rescore(params, memory, result.tokens)
 
     choice, result, scores = run(source)
+    np.testing.assert_allclose(result.scores, scores, atol=1e-5)
     np.testing.assert_array_equal(choice.candidate, np.argmax(scores, axis=1))
     np.testing.assert_allclose(choice.scores, np.max(scores, axis=1), rtol=1e-5)
     np.testing.assert_array_equal(choice.tokens, result.tokens[np.arange(8), choice.candidate])
-    assert (choice.candidate != np.argmax(result.scores, axis=1)).any()
+    own = mean_log_prob(result.log_probs, result.lengths)
+    assert (choice.candidate != np.argmax(own, axis=1)).any()
 
 
 # Devices, options ------------------------------------------------------------------------------------
@@ -242,5 +255,5 @@ def test_eight_devices_are_one(params, source):
 
 def test_an_unknown_option_is_named():
     assert with_options(DECODE, beam=3).beam == 3
-    with pytest.raises(ValueError, match="unknown decoding option 'beams'; there are .*beam, candidates"):
+    with pytest.raises(ValueError, match=r"unknown decoding option 'beams'; there are .*beam, candidates"):
         with_options(DECODE, beams=3)

@@ -212,7 +212,9 @@ def test_every_loss_component(ref, janus):
 def test_the_totals(ref, janus, loaded, batch):
     (total, found), _ = janus
     np.testing.assert_allclose(total, ref["loss/janus_total"], rtol=1e-5)
-    parts = {name: weight * losses.mean(found[name]) for name, weight in losses.coefficients(LossConfig()).items()}
+    parts = {
+        name: weight * losses.mean(found[name]) for name, weight in losses.coefficients(LossConfig()).items()
+    }
     ar_part = sum(parts[name] for name in ("ar", "kl_ar_nar", "kl_ar_aux"))
     np.testing.assert_allclose(ar_part, ref["loss/janus_ar_part"], rtol=1e-5)
     np.testing.assert_allclose(total - ar_part, ref["loss/janus_nar_part"], rtol=1e-5)

@@ -211,13 +211,18 @@ def test_rdrop_reads_two_passes(outputs, batch):
     target, masked = batch
     second = jnp.asarray(np.random.default_rng(3).normal(size=(B, T, V)), jnp.float32)
     config = LossConfig(objective="rdrop", rdrop_alpha=4.0)
-    both = SimpleNamespace(ar=jnp.concatenate([outputs.ar, second]), nar=None, aux=None, length=outputs.length)
+    both = SimpleNamespace(
+        ar=jnp.concatenate([outputs.ar, second]), nar=None, aux=None, length=outputs.length
+    )
     found = losses.terms(both, target, masked, config, IDS)
     items = [
-        plain_terms(SimpleNamespace(**{**vars(outputs), "ar": ar}), target, masked, 0.1) for ar in (outputs.ar, second)
+        plain_terms(SimpleNamespace(**{**vars(outputs), "ar": ar}), target, masked, 0.1)
+        for ar in (outputs.ar, second)
     ]
     for name in ("ar", "nll_ar"):
-        np.testing.assert_allclose(losses.mean(found[name]), np.mean(items[0][name] + items[1][name]), rtol=1e-5)
+        np.testing.assert_allclose(
+            losses.mean(found[name]), np.mean(items[0][name] + items[1][name]), rtol=1e-5
+        )
     p, q = log_softmax(outputs.ar), log_softmax(second)
     kl = [plain_kl(p[b, t], q[b, t]) for b, t in np.ndindex(B, T) if t > 0 and target[b, t] != IDS.pad]
     np.testing.assert_allclose(losses.mean(found["kl_rdrop"]), np.mean(kl), rtol=1e-5)
@@ -250,8 +255,12 @@ def test_both_sides_of_a_kl_learn(outputs):
     def numeric(f, x, h=1e-6):
         return [(f(x + h * e) - f(x - h * e)) / (2 * h) for e in np.eye(V)]
 
-    np.testing.assert_allclose(left, numeric(lambda x: plain_kl(log_softmax(x), log_softmax(q)), p), atol=1e-4)
-    np.testing.assert_allclose(right, numeric(lambda x: plain_kl(log_softmax(p), log_softmax(x)), q), atol=1e-4)
+    np.testing.assert_allclose(
+        left, numeric(lambda x: plain_kl(log_softmax(x), log_softmax(q)), p), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        right, numeric(lambda x: plain_kl(log_softmax(p), log_softmax(x)), q), atol=1e-4
+    )
     assert np.abs(left).max() > 1e-2
     assert np.abs(right).max() > 1e-2
 

@@ -81,11 +81,15 @@ def drawing(function):
     """(label, row of booleans) of every line of x and . in a docstring."""
     found = re.findall(r"^ *([a-w] )?([x.](?: +[x.])+)$", inspect.getdoc(function), re.MULTILINE)
     assert found, f"{function.__name__} has lost its drawing"
-    return [label.strip() for label, _ in found], np.array([[c == "x" for c in row.split()] for _, row in found])
+    return [label.strip() for label, _ in found], np.array(
+        [[c == "x" for c in row.split()] for _, row in found]
+    )
 
 
 def test_the_drawing_of_padding_mask():
-    real = np.array([[c == "1" for c in re.search(r"real = ([01 ]+):", masks.padding_mask.__doc__)[1].split()]])
+    real = np.array(
+        [[c == "1" for c in re.search(r"real = ([01 ]+):", masks.padding_mask.__doc__)[1].split()]]
+    )
     _, drawn = drawing(masks.padding_mask)
     np.testing.assert_array_equal(masks.padding_mask(jax.numpy.asarray(real))[0], drawn)
 

@@ -58,7 +58,9 @@ def random_params(config, seed=0):
 
 
 def sentence(rng, length):
-    return np.concatenate([[IDS.bos], rng.integers(5, BASE.vocab_size, length - 2), [IDS.eos]]).astype(np.int32)
+    return np.concatenate([[IDS.bos], rng.integers(5, BASE.vocab_size, length - 2), [IDS.eos]]).astype(
+        np.int32
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def normalise(p, x, eps):
 
 
 def attention(p, heads, x, content, sees):
-    """x [N, D] attends content [M, D] where sees [N, M]."""
+    """States [N, D] attend content [M, D] where sees [N, M]."""
     q, k, v = dense(p["query"], x), dense(p["key"], content), dense(p["value"], content)
     mixed = []
     for qh, kh, vh in zip(*(np.split(a, heads, axis=-1) for a in (q, k, v)), strict=True):
@@ -248,12 +250,15 @@ def test_decoding_is_the_same_model(variant):
 
 def test_the_three_position_conventions_are_three_models(batch):
     params = random_params(BASE)
-    configs = [dataclasses.replace(BASE, ar_positions=p) for p in ("code", "figure", "aligned")]
-    code, figure, aligned = (forward(params, *batch, config) for config in configs)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def ar(convention):
+        config = dataclasses.replace(BASE, ar_positions=convention)
+        return Janus(config).apply({"params": params}, *batch, nar=False, aux=False).ar[:, 1:]
+
+    code, figure, aligned = (ar(name) for name in ("code", "figure", "aligned"))
     for a, b in ((code, figure), (figure, aligned), (aligned, code)):
-        assert np.abs(a.ar - b.ar)[:, 1:].max() > 0.1
-        close(a.nar, b.nar)
-        close(a.aux, b.aux)
+        assert np.abs(a - b).max() > 0.1
 
 
 # What may flow where ---------------------------------------------------------------------------------
@@ -360,7 +365,9 @@ def test_sixteen_more_slots_of_padding_change_nothing(params, batch, whole):
 
 def test_a_source_may_be_padded_on_either_side(params, batch):
     source, target, masked = batch
-    right, left = (forward(params, padded(source, *sides), target, masked, BASE) for sides in ((4, 0), (0, 4)))
+    right, left = (
+        forward(params, padded(source, *sides), target, masked, BASE) for sides in ((4, 0), (0, 4))
+    )
     for name in ("ar", "nar", "aux", "length"):
         close(getattr(left, name), getattr(right, name))
 
@@ -403,7 +410,9 @@ def test_streams_that_need_others_say_so():
     with pytest.raises(ValueError, match="aux=True needs nar=True"):
         shapes(BASE, 5, 5, nar=False)
     with pytest.raises(ValueError, match="masked"):
-        jax.eval_shape(lambda tokens: Janus(BASE).apply({"params": random_params(BASE)}, tokens, tokens), TOKENS)
+        jax.eval_shape(
+            lambda tokens: Janus(BASE).apply({"params": random_params(BASE)}, tokens, tokens), TOKENS
+        )
 
 
 # Parameters ------------------------------------------------------------------------------------------
@@ -461,7 +470,7 @@ def test_options_add_parameters_and_take_them_away():
 
 def test_initialisation_is_berts():
     config = dataclasses.replace(BASE, dim=32, ffn=64, vocab_size=200)
-    params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
+    params = jax.jit(init_params, static_argnums=1)(jax.random.key(0, impl="rbg"), config)
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         name = path[-1].key
         if name in ("bias", "scale"):

@@ -261,9 +261,7 @@ def test_one_compilation_per_shape_and_the_state_may_be_donated():
     for seed in range(3):
         state, _ = update(state, copy_task(seed=seed), config=chosen)
     assert update._cache_size() == 1
-    state, _ = update(state, copy_task(rows=8), config=chosen)
-    assert update._cache_size() == 2
-    assert state.step == 4
+    assert state.step == 3
 
 
 def test_the_state_is_a_function_of_the_configuration_alone():
