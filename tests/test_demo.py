@@ -19,7 +19,7 @@ CONFIG = cli.load_config_file(pathlib.Path(__file__).resolve().parents[1] / "con
 
 @pytest.fixture
 def shown(monkeypatch):
-    """A console whose text can be read; few passes and few sentences, since every way of decoding compiles."""
+    """A console whose text can be read; few passes and sentences, since every way of decoding compiles."""
     monkeypatch.setattr(demo, "PASSES", (1, 2))
     monkeypatch.setattr(demo, "TRIED", 2)
     return Console(file=io.StringIO(), width=160)

@@ -13,12 +13,7 @@ _DAYS = dates.get_day_names("wide", locale="en")  # 0 is Monday
 
 def count(n: int) -> tuple[str, ...]:
     """`n` inhabitants."""
-    return tuple(f"{words} inhabitants" for words in _cardinal(n))
-
-
-def ordinal(n: int) -> tuple[str, ...]:
-    """Chapter number `n`."""
-    return (f"the {_ordinal(n)} chapter",)
+    return (f"{_cardinal(n)} inhabitants",)
 
 
 def year(y: int) -> tuple[str, ...]:
@@ -36,38 +31,29 @@ def weekday(day: int, hour: int, minute: int) -> tuple[str, ...]:
     return tuple(f"on {_DAYS[day]} at {words}" for words in _time(hour, minute))
 
 
-def appointment(day: int, month: int, hour: int, minute: int) -> tuple[str, ...]:
-    """At a time of a day."""
-    return tuple(f"on {d} at {t}" for d in _day(day, month) for t in _time(hour, minute))
-
-
 def price(currency: str, units: int, cents: int) -> tuple[str, ...]:
     """An amount of money."""
     name = numbers.get_currency_name(currency, count=units, locale="en")
-    start = [f"{words} {name}" for words in _cardinal(units)]
+    start = f"{_cardinal(units)} {name}"
     if not cents:
-        return tuple(start)
-    (small,) = _cardinal(cents)
-    return tuple(f"{s}{end}" for s in start for end in (f" and {small} cents", f" {small}"))
+        return (start,)
+    small = _cardinal(cents)
+    return f"{start} and {small} cents", f"{start} {small}"
 
 
 def percent(whole: int, tenth: int) -> tuple[str, ...]:
     """A percentage with one decimal."""
-    (a,), (b,) = _cardinal(whole), _cardinal(tenth)
-    return (f"{a} point {b} percent",)
+    return (f"{_cardinal(whole)} point {_cardinal(tenth)} percent",)
 
 
 def duration(hours: int, minutes: int) -> tuple[str, ...]:
     """A length of time."""
-    (h,), (m,) = _cardinal(hours), _cardinal(minutes)
-    return (f"{h} hours and {m} minutes",)
+    return (f"{_cardinal(hours)} hours and {_cardinal(minutes)} minutes",)
 
 
 @functools.cache
-def _cardinal(n: int) -> tuple[str, ...]:
-    """The British wording, with "and", and the American one, without; the same below a hundred."""
-    british = num2words(n, lang="en").replace(",", "")
-    return tuple(dict.fromkeys((british, british.replace(" and ", " "))))
+def _cardinal(n: int) -> str:
+    return num2words(n, lang="en").replace(",", "")
 
 
 @functools.cache
@@ -85,18 +71,18 @@ def _day(day: int, month: int) -> tuple[str, ...]:
 
 
 def _time(hour: int, minute: int) -> tuple[str, ...]:
-    """Times from 6:00 to 21:55: spoken, and read off the clock with both names of the half day."""
+    """Times from 6:00 to 21:55: spoken, and read off the clock."""
     part = "morning" if hour < 12 else "afternoon" if hour < 18 else "evening"
-    this, following = (_cardinal((h - 1) % 12 + 1)[0] for h in (hour, hour + 1))
+    this, following = (_cardinal((h - 1) % 12 + 1) for h in (hour, hour + 1))
     half = "a.m." if hour < 12 else "p.m."
     if minute == 0:
         return f"{this} o'clock in the {part}", f"{this} {half}"
-    clock = f"{this} {'oh ' if minute < 10 else ''}{_cardinal(minute)[0]}"
+    clock = f"{this} {'oh ' if minute < 10 else ''}{_cardinal(minute)}"
     if minute <= 30:
-        spoken = f"{_FRACTIONS.get(minute) or _cardinal(minute)[0]} past {this}"
+        spoken = f"{_FRACTIONS.get(minute) or _cardinal(minute)} past {this}"
     else:
-        spoken = f"{_FRACTIONS.get(60 - minute) or _cardinal(60 - minute)[0]} to {following}"
-    return f"{spoken} in the {part}", f"{clock} in the {part}", f"{clock} {half}"
+        spoken = f"{_FRACTIONS.get(60 - minute) or _cardinal(60 - minute)} to {following}"
+    return f"{spoken} in the {part}", f"{clock} {half}"
 
 
 _FRACTIONS = {15: "a quarter", 30: "half"}

@@ -16,11 +16,6 @@ def count(n: int) -> tuple[str, ...]:
     return tuple(f"{words} Einwohner" for words in _cardinal(n))
 
 
-def ordinal(n: int) -> tuple[str, ...]:
-    """Chapter number `n`."""
-    return (f"das {_ordinal(n)} Kapitel",)
-
-
 def year(y: int) -> tuple[str, ...]:
     """In the year `y`."""
     return tuple(f"{start}{_year(y)}" for start in ("", "im Jahr "))
@@ -34,11 +29,6 @@ def date(day: int, month: int, y: int) -> tuple[str, ...]:
 def weekday(day: int, hour: int, minute: int) -> tuple[str, ...]:
     """At a time of the week."""
     return tuple(f"am {_DAYS[day]} um {words}" for words in _time(hour, minute))
-
-
-def appointment(day: int, month: int, hour: int, minute: int) -> tuple[str, ...]:
-    """At a time of a day."""
-    return tuple(f"am {_day(day, month)} um {words}" for words in _time(hour, minute))
 
 
 def price(currency: str, units: int, cents: int) -> tuple[str, ...]:

@@ -16,12 +16,6 @@ def count(n: int) -> tuple[str, ...]:
     return (f"{_counted(n, 'locuitori')}",)
 
 
-def ordinal(n: int) -> tuple[str, ...]:
-    """Chapter number `n`: the ordinal before or behind its noun."""
-    words = num2words(n, lang="ro", to="ordinal").replace("optlea", "optulea")
-    return f"{words} capitol", f"capitolul {words}"
-
-
 def year(y: int) -> tuple[str, ...]:
     """In the year `y`."""
     return tuple(f"în {start}{_cardinal(y)}" for start in ("", "anul "))
@@ -35,11 +29,6 @@ def date(day: int, month: int, y: int) -> tuple[str, ...]:
 def weekday(day: int, hour: int, minute: int) -> tuple[str, ...]:
     """At a time of the week."""
     return tuple(f"{_DAYS[day]} la ora {words}" for words in _time(hour, minute))
-
-
-def appointment(day: int, month: int, hour: int, minute: int) -> tuple[str, ...]:
-    """At a time of a day."""
-    return tuple(f"pe {d} la ora {t}" for d in _day(day, month) for t in _time(hour, minute))
 
 
 def price(currency: str, units: int, cents: int) -> tuple[str, ...]:
