@@ -2,10 +2,13 @@
 
     make demo        or        janus-jax demo --config=configs/demo.py --workdir=runs/demo
 
-Wordings of dates, times, amounts and numbers; one source often has several right translations.  What differs from the
-method's defaults is there for the few minutes: pre-norm and a linear decay learn fastest; `aligned` positions, the
-uniform sampler, a full NAR loss and a milder KL help the NAR side of a model this small; and the AR side chooses
-among five NAR candidates, since where lengths differ between right wordings, mean log-probability chooses badly.
+Wordings of dates, times, amounts and numbers; one source often has several right translations.
+What differs from the method's defaults is there for the few minutes: pre-norm and a linear decay
+learn fastest; `aligned` positions, the uniform sampler, a full NAR loss and a milder KL help the NAR
+side of a model this small; and the AR side chooses among five NAR candidates, since where right
+wordings differ in length, mean log-probability chooses badly.
+
+On two CPU cores, in 3:56 all in all: exact match on unseen sources AR 94.8 %, NAR with 4 passes 86.4 %.
 """
 
 import ml_collections

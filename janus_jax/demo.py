@@ -64,9 +64,9 @@ def demo(config: Config, workdir: str | Path, console: Console | None = None) ->
     workdir, console, start = Path(workdir), console or Console(), time.perf_counter()
     data = config.data
     console.print(
-        f"Train a small JANUS on {data.name} ({data.source} -> {data.target}), one model for both ways of\n"
-        f"writing, in {workdir}: {config.train.steps:,} updates, then decode the test split left to right (AR)\n"
-        "and all slots at once (NAR).  Some five minutes on two CPU cores.",
+        f"Train a small JANUS on {data.name} ({data.source} -> {data.target}), one model for both ways\n"
+        f"of writing, in {workdir}: {config.train.steps:,} updates, then decode the test split left to\n"
+        "right (AR) and all slots at once (NAR).  Some five minutes on two CPU cores.",
         highlight=False,
     )
     if (code := train(config, workdir)) != DONE:
