@@ -44,7 +44,10 @@ def test_a_trained_run_is_decoded_shown_and_drawn(tiny_copy, shown, monkeypatch)
     text = shown.file.getvalue()
     for mode, result in found["modes"].items():
         row = next(line for line in text.splitlines() if line.strip().startswith(mode))
-        assert f"{result['scores']['chrf']:.2f}" in row
+        scores, speed = result["scores"], result["speed"]
+        expected = [100 * scores["exact_match"], scores["bleu"], scores["chrf"]]
+        expected += [speed["sentences_per_s"], speed["compile_seconds"]]
+        assert [float(cell) for cell in row.replace(mode, "").split()] == pytest.approx(expected, rel=0.01)
     for one in found["sentences"]:
         assert one["source"] in text
     assert found["refinement"]["output"] in text
