@@ -138,7 +138,8 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
     may differ from those it was made with, and are updated; the others may not.
 
     Raises:
-      RunError: the folder belongs to another configuration; names every key that differs.
+      RunError: the folder belongs to another configuration (names every key that differs), or holds
+        checkpoints of which nobody knows what they belong to.
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -152,6 +153,11 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
                 f"{folder} belongs to a run with another configuration:\n{lines}\n"
                 "choose another --workdir, or leave --config out to go on with that run"
             )
+    elif any((folder / "checkpoints").glob("[0-9]*")):
+        raise RunError(
+            f"{folder} has checkpoints but no config.json, so what they belong to is unknown; "
+            "put the config.json back, or choose another --workdir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     report.write_json(folder / "config.json", config.to_dict())
     report.write_json(folder / "versions.json", report.versions())

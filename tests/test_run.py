@@ -99,3 +99,10 @@ def test_special_ids_must_be_those_of_the_model(tiny_copy):
     path.write_text(json.dumps(values))
     with pytest.raises(RunError, match=r"special ids SpecialIds\(.*; put back the vocab.model"):
         run.open_run(tiny_copy.folder).vocabulary()
+
+
+def test_checkpoints_without_a_config_are_not_adopted(tiny_copy):
+    (tiny_copy.folder / "config.json").unlink()
+    with pytest.raises(run.RunError, match=r"checkpoints but no config\.json"):
+        run.claim(tiny_copy.folder, tiny_copy.config)
+    assert not (tiny_copy.folder / "config.json").exists()
