@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args, overrides = parse(sys.argv[1:] if argv is None else argv)
-        return args.run(args, overrides)
+        code = args.run(args, overrides)
+        sys.stdout.flush()  # a pipe without a reader shows here, not when Python has left us
+        return code
     except SystemExit as done:  # argparse, after --help and --version
         return int(done.code or 0)
     except BrokenPipeError:

@@ -369,7 +369,8 @@ def test_a_reader_that_goes_away_ends_it_quietly(tiny_run, tmp_path):
     read, write = os.pipe()
     os.close(read)
     argv = [sys.executable, "-m", "janus_jax", "plot", f"--workdir={tmp_path}"]
-    done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, env=buffered)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
