@@ -125,6 +125,7 @@ class LossConfig:
     kl_ar_aux: float = 3.0
     kl_ar_nar: float = 1.0
     rdrop_alpha: float = 5.0  # objective rdrop: weight of its KL, as in the R-Drop paper
+    chunk: int = 128  # slots whose logits exist at a time, on each device; 0: all of them (same numbers)
 
 
 @dataclass(frozen=True)
@@ -345,7 +346,7 @@ def _faults(c: Config) -> Iterator[str]:
     yield from at_least(1, "train.max_skipped", "vocab.max_sentences")
     yield from at_least(1, "train.dev_beam", "train.dev_iterations")
     yield from at_least(-1, "train.dev_sentences")
-    yield from at_least(0, "seed", "data.size", "batch.prefetch", "decode.max_length_a")
+    yield from at_least(0, "seed", "data.size", "batch.prefetch", "decode.max_length_a", "loss.chunk")
     yield from at_least(1, "decode.max_length_b", "decode.tokens")
     yield from at_least(0, "optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm")
     yield from at_least(0, "loss.ar", "loss.nar", "loss.aux", "loss.length", "loss.rdrop_alpha")

@@ -67,7 +67,7 @@ def weights(
     target: jax.Array, masked: jax.Array, config: LossConfig, ids: SpecialIds
 ) -> dict[str, jax.Array]:
     """The weight (number of items) of each term of the objective: a function of the batch alone."""
-    tokens, real_rows = _items(target, ids)
+    tokens, real_rows = items(target, ids)
     n_masked = jnp.sum(masked, dtype=jnp.float32)
     n_tokens = jnp.sum(tokens, dtype=jnp.float32)
     known = {
@@ -97,7 +97,7 @@ def terms(
     """
     used = coefficients(config)
     weight = weights(target, masked, config, ids)
-    tokens, real_rows = _items(target, ids)
+    tokens, _ = items(target, ids)
     in_m = masked.astype(jnp.float32)
     log_p = {
         name: jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
@@ -119,11 +119,7 @@ def terms(
         if name in used:
             cross_entropy(name, log_p[name], target, in_m)
     if "length" in used:
-        classes = outputs.length.shape[-1]
-        n_tokens = jnp.sum(target != ids.pad, axis=1)
-        log_length = jax.nn.log_softmax(outputs.length.astype(jnp.float32), axis=-1)
-        picked = _pick(log_length, jnp.minimum(n_tokens, classes - 1))
-        found["length"] = (-jnp.sum(picked * real_rows), weight["length"])
+        found["length"] = (length_sum(outputs.length, target, ids), weight["length"])
     for name, (left, right) in DIVERGENCES.items():
         if name in used:
             found[name] = (jnp.sum(symmetric_kl(log_p[left], log_p[right]) * in_m), weight[name])
@@ -143,6 +139,16 @@ def mean(term: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Weighted sum / weight; 0 where the weight is 0."""
     value, weight = term
     return value / jnp.maximum(weight, 1.0)
+
+
+def length_sum(logits: jax.Array, target: jax.Array, ids: SpecialIds) -> jax.Array:
+    """Sum over real rows of -log p(target length): [B, C], [B, T] -> scalar.
+
+    The class is the number of tokens, BOS and EOS counted; a longer target counts as the last class.
+    """
+    n_tokens = jnp.minimum(jnp.sum(target != ids.pad, axis=1), logits.shape[-1] - 1)
+    picked = _pick(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), n_tokens)
+    return -jnp.sum(picked * items(target, ids)[1])
 
 
 def label_smoothed(log_probs: jax.Array, truth: jax.Array, smoothing: float) -> tuple[jax.Array, jax.Array]:
@@ -167,7 +173,10 @@ def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
-def _items(target: jax.Array, ids: SpecialIds) -> tuple[jax.Array, jax.Array]:
-    """Predicted tokens [B, T] (all real ones but the first) and real rows [B], as float32 0/1."""
+def items(target: jax.Array, ids: SpecialIds) -> tuple[jax.Array, jax.Array]:
+    """What losses are means over, as float32 0/1: predicted tokens [B, T] and real rows [B].
+
+    Predicted are all real tokens but the first.
+    """
     real = (target != ids.pad).astype(jnp.float32)
     return real.at[:, 0].set(0.0), real[:, 0]

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from janus_jax import losses, optim
+from janus_jax import chunked, losses, optim
 from janus_jax.config import Config
-from janus_jax.models import Janus, Outputs, Params, init_params
+from janus_jax.models import Janus, Outputs, Params, init_params, output_projection, project
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -71,10 +71,9 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
     weights = losses.weights(batch["target"], batch["masked"], c.loss, c.model.ids)
 
     def partial_loss(params: Params, part: Batch, part_key: jax.Array) -> tuple[jax.Array, Metrics]:
-        outputs = forward(params, part, c, part_key)
-        found = losses.terms(outputs, part["target"], part["masked"], c.loss, c.model.ids)
-        whole = {name: (value, weights[name.removeprefix("nll_")]) for name, (value, _) in found.items()}
-        return losses.total(whole, c.loss), {name: losses.mean(term) for name, term in whole.items()}
+        loss, sums = objective(params, part, c, part_key, weights)
+        terms = {name: (value, weights[name.removeprefix("nll_")]) for name, value in sums.items()}
+        return loss, {name: losses.mean(term) for name, term in terms.items()}
 
     gradient = jax.value_and_grad(partial_loss, has_aux=True)
     if c.train.microbatches == 1:
@@ -125,12 +124,55 @@ def eval_step(params: Params, batch: Batch, config: Config) -> losses.Terms:
     """Every term of a batch without dropout, as (sum, weight), to be added up over batches."""
     if config.loss.objective == "rdrop":  # without dropout its two passes are one, and it is plain `ar`
         config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, objective="ar"))
-    outputs = forward(params, batch, config, key=None)
-    return losses.terms(outputs, batch["target"], batch["masked"], config.loss, config.model.ids)
+    weights = losses.weights(batch["target"], batch["masked"], config.loss, config.model.ids)
+    _, sums = objective(params, batch, config, None, weights)
+    return {name: (value, weights[name.removeprefix("nll_")]) for name, value in sums.items()}
 
 
-def forward(params: Params, batch: Batch, config: Config, key: jax.Array | None) -> Outputs:
-    """Logits that the objective needs; dropout is on exactly when a key is given."""
+def objective(
+    params: Params, part: Batch, config: Config, key: jax.Array | None, weights: Metrics
+) -> tuple[jax.Array, Metrics]:
+    """The loss of (a part of) a batch.
+
+    Args:
+      params: parameters.
+      part: rows of the batch.
+      config: static; `loss.chunk` chooses between the chunked loss and the plain one, whose numbers
+        are the same.
+      key: of dropout, which is on exactly when a key is given.
+      weights: of each term, over the whole batch.
+
+    Returns:
+      (sum over terms of coefficient x sum / weight, {term: sum over these rows}).  The gradient goes
+      through the first alone.
+    """
+    c, ids, target, masked = config.loss, config.model.ids, part["target"], part["masked"]
+    if c.chunk == 0:
+        found = losses.terms(_forward(params, part, config, key), target, masked, c, ids)
+        sums = {name: value for name, (value, _) in found.items()}
+        whole = {name: (value, weights[name.removeprefix("nll_")]) for name, value in sums.items()}
+        return losses.total(whole, c), sums
+    states = _forward(params, part, config, key, method="states")
+    loss, sums = chunked.objective(
+        {name: x for name in losses.CROSS_ENTROPIES if (x := getattr(states, name)) is not None},
+        output_projection(params, config.model),
+        project,
+        target,
+        masked,
+        c,
+        ids,
+        weights=weights,
+    )
+    if "length" in weights:
+        sums["length"] = losses.length_sum(states.length, target, ids)
+        loss += losses.coefficients(c)["length"] * losses.mean((sums["length"], weights["length"]))
+    return loss, sums
+
+
+def _forward(
+    params: Params, batch: Batch, config: Config, key: jax.Array | None, method: str = "__call__"
+) -> Outputs:
+    """What the objective reads, logits or states; dropout is on exactly when a key is given."""
     streams: dict[str, Any] = losses.streams_needed(config.loss)
     source, target, masked = batch["source"], batch["target"], batch["masked"]
     if config.loss.objective == "rdrop" and key is not None:
@@ -138,7 +180,7 @@ def forward(params: Params, batch: Batch, config: Config, key: jax.Array | None)
         source, target, masked = (jnp.tile(x, (2, 1)) for x in (source, target, masked))
     rngs = None if key is None else {"dropout": key}
     model: Any = Janus(config.model)
-    return model.apply({"params": params}, source, target, masked, rngs=rngs, **streams)
+    return model.apply({"params": params}, source, target, masked, rngs=rngs, method=method, **streams)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janus_jax import losses, masks
-from janus_jax.config import LossConfig
+from janus_jax import losses, masks, step
+from janus_jax.config import Config, LossConfig
 from janus_jax.convert import load_fairseq
 from janus_jax.decode.beam import BeamOptions, beam_search, greedy_search, reorder_beams
 from janus_jax.decode.mask_predict import MaskPredictOptions, candidate_lengths, mask_predict
@@ -63,12 +63,14 @@ def forward(params, batch, config):
 
 @functools.partial(jax.jit, static_argnames=("config", "loss"))
 def loss_and_gradient(params, batch, config, loss):
-    source, target, masked = batch
+    """((total, {term: (sum, weight)}), gradients) as training computes them."""
+    part = dict(zip(("source", "target", "masked"), batch, strict=True))
+    weights = losses.weights(part["target"], part["masked"], loss, config.ids)
+    whole = Config(model=config, loss=loss)
 
     def objective(params):
-        outputs = Janus(config).apply({"params": params}, source, target, masked)
-        found = losses.terms(outputs, target, masked, loss, config.ids)
-        return losses.total(found, loss), found
+        total, sums = step.objective(params, part, whole, None, weights)
+        return total, {name: (x, weights[name.removeprefix("nll_")]) for name, x in sums.items()}
 
     return jax.value_and_grad(objective, has_aux=True)(params)
 
@@ -79,11 +81,11 @@ def results(loaded, batch):
     return jax.tree.map(np.asarray, forward(params, batch, config))
 
 
-@pytest.fixture(scope="module")
-def janus(loaded, batch):
+@pytest.fixture(scope="module", params=[0, 16], ids=["plain", "chunked"])
+def janus(request, loaded, batch):
     """((total, terms), gradients) of the JANUS objective with the reference's weights, the defaults."""
     config, params = loaded
-    return loss_and_gradient(params, batch, config, LossConfig())
+    return loss_and_gradient(params, batch, config, LossConfig(chunk=request.param))
 
 
 def close(ours, theirs, tolerance=LOGITS):

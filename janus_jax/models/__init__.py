@@ -1,5 +1,25 @@
 """The network.  The only room that knows flax; imports masks, batch and config alone."""
 
-from janus_jax.models.janus import Janus, Memory, Outputs, Params, empty_cache, init_params
+from janus_jax.models.janus import (
+    Janus,
+    Memory,
+    Outputs,
+    Params,
+    Projection,
+    empty_cache,
+    init_params,
+    output_projection,
+    project,
+)
 
-__all__ = ["Janus", "Memory", "Outputs", "Params", "empty_cache", "init_params"]
+__all__ = [
+    "Janus",
+    "Memory",
+    "Outputs",
+    "Params",
+    "Projection",
+    "empty_cache",
+    "init_params",
+    "output_projection",
+    "project",
+]

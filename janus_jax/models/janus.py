@@ -11,7 +11,8 @@ Room: pure core, models.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -38,16 +39,36 @@ Params = dict[str, Any]
 
 @struct.dataclass
 class Outputs:
-    """Logits of one training pass, float32; None for what was not asked for.
+    """What one training pass found: float32 logits, or the states they are projected from.
 
-    All three are aligned: [:, t] is a distribution of y_t.  ar[:, 0] means nothing (nobody predicts
-    BOS), nor do nar[:, t] and aux[:, t] where t is not masked.
+    All three are aligned: [:, t] is about y_t; None for what was not asked for.  ar[:, 0] means nothing
+    (nobody predicts BOS), nor do nar[:, t] and aux[:, t] where t is not masked.
     """
 
-    ar: jax.Array | None  # [B, T, V]
-    nar: jax.Array | None  # [B, T, V]
-    aux: jax.Array | None  # [B, T, V]
-    length: jax.Array  # [B, C], class = target length with BOS and EOS
+    ar: jax.Array | None  # [B, T, V], or [B, T, D]
+    nar: jax.Array | None
+    aux: jax.Array | None
+    length: jax.Array  # [B, C] logits, class = target length with BOS and EOS
+
+
+class Projection(NamedTuple):
+    """The parameters of the output projection."""
+
+    table: jax.Array  # [V, D]
+    bias: jax.Array | None  # [V]
+
+
+def project(projection: Projection, states: jax.Array) -> jax.Array:
+    """States [.., D] -> vocabulary logits [.., V] float32."""
+    table = projection.table.astype(states.dtype)
+    scores = jnp.einsum("...d,vd->...v", states, table, preferred_element_type=jnp.float32)
+    return scores if projection.bias is None else scores + projection.bias
+
+
+def output_projection(params: Params, config: ModelConfig) -> Projection:
+    """Where the output projection is in the parameters."""
+    table = params["target_table" if config.tie_output else "output_table"]
+    return Projection(table, params["output_bias"] if config.output_bias else None)
 
 
 @struct.dataclass
@@ -141,6 +162,14 @@ class Janus(nn.Module):
         self.encoder, self.decoder = Encoder(c), Decoder(c)
 
     def __call__(
+        self, source: jax.Array, target: jax.Array, masked: jax.Array | None = None, **asked: bool
+    ) -> Outputs:
+        """Logits; arguments as of `states`."""
+        found = self.states(source, target, masked, **asked)
+        read = {n: self.logits(x) for n in ("ar", "nar", "aux") if (x := getattr(found, n)) is not None}
+        return dataclasses.replace(found, **read)
+
+    def states(
         self,
         source: jax.Array,
         target: jax.Array,
@@ -150,7 +179,7 @@ class Janus(nn.Module):
         nar: bool = True,
         aux: bool = True,
     ) -> Outputs:
-        """One encoder pass, one decoder pass over the streams asked for.
+        """One encoder pass, one decoder pass over the streams asked for; the states, not yet projected.
 
         Args:
           source: [B, S] int32.
@@ -163,7 +192,7 @@ class Janus(nn.Module):
         encoded, source_mask = self.encode(source)
         slots = streams.lay_out(target, masked, self.config, self._target_rows, ar=ar, nar=nar, aux=aux)
         x = self.decoder(slots.rows, slots.positions, slots.plan, encoded, source_mask)
-        read = {name: self._logits_of(name, x[:, a:b]) for name, (a, b) in slots.read.items()}
+        read = {name: _aligned(name, x[:, a:b]) for name, (a, b) in slots.read.items()}
         return Outputs(
             read.get("ar"), read.get("nar"), read.get("aux"), self.length_logits(encoded, source_mask)
         )
@@ -229,22 +258,14 @@ class Janus(nn.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """States [.., D] -> vocabulary logits [.., V] float32."""
-        table = self.output_table.astype(x.dtype)
-        scores = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
-        return scores + self.output_bias if self.config.output_bias else scores
+        bias = self.output_bias if self.config.output_bias else None
+        return project(Projection(self.output_table, bias), x)
 
     def _read(self, slots: streams.Slots, memory: Memory) -> jax.Array:
         """Logits of the only distribution laid out."""
         x = self.decoder.remembered(slots.rows, slots.positions, slots.plan, memory)
         ((name, (start, end)),) = slots.read.items()
-        return self._logits_of(name, x[:, start:end])
-
-    def _logits_of(self, name: str, x: jax.Array) -> jax.Array:
-        """Logits of the slots of one distribution [R, T, D], at the places that they predict.
-
-        AR slot t predicts place t + 1; moving states costs less than moving logits later.
-        """
-        return self.logits(jnp.roll(x, 1, axis=1) if name == "ar" else x)
+        return self.logits(_aligned(name, x[:, start:end]))
 
     def _target_rows(self, tokens: jax.Array) -> jax.Array:
         """Target token ids [..] -> embeddings [.., D]."""
@@ -254,6 +275,14 @@ class Janus(nn.Module):
         """Token ids [..] -> embeddings [.., D]."""
         rows = jnp.take(table, tokens, axis=0).astype(jnp.dtype(self.config.dtype))
         return rows * self.config.dim**0.5 if self.config.scale_embeddings else rows
+
+
+def _aligned(name: str, x: jax.Array) -> jax.Array:
+    """States of the slots of one distribution [R, T, D], moved to the places that they predict.
+
+    AR slot t predicts place t + 1; moving states costs less than moving logits later.
+    """
+    return jnp.roll(x, 1, axis=1) if name == "ar" else x
 
 
 class _Input(nn.Module):

@@ -1,0 +1,262 @@
+"""The objective without a [B, T, V] tensor: logits exist for one chunk of slots at a time.
+
+Same terms as `losses.terms`, which stays as the plain version that this one is tested against.  The
+slots that an objective reads are listed first (those in M for JANUS's three distributions and their
+KLs, the other tokens for AR alone) and walked in chunks; slots that nobody reads (padding, NAR and
+AUX outside M) cost nothing.
+
+The gradient of a chunk is taken on the spot, while its logits are there, and added up: no logits are
+kept for the backward pass, nor computed twice.  Memory is that of one chunk, whatever B x T x V.
+
+A batch whose rows lie on several devices is walked in as many shares at once, each of the rows of one
+device, so that listing and gathering slots move nothing between devices.
+
+Letters: B rows, T target length, G shares, n slots of a share (B / G x T), c slots of a chunk,
+D model width, V vocabulary.
+Room: pure core.  Imports losses and config.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from janus_jax import losses
+from janus_jax.config import LossConfig, SpecialIds
+
+Arrays = dict[str, jax.Array]
+Tree = Any  # a pytree of arrays
+Project = Callable[[Tree, jax.Array], jax.Array]  # (projection, states [.., D]) -> logits [.., V] float32
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One pass over some of the slots: which streams are read there, and into which terms."""
+
+    slots: str  # "masked", "tokens" (all that AR predicts) or "unmasked" (of those the others)
+    streams: tuple[str, ...]
+    cross_entropies: tuple[tuple[str, str], ...]  # (term, stream)
+    divergences: tuple[tuple[str, str, str], ...] = ()  # (term, stream, stream)
+
+    def terms(self) -> tuple[str, ...]:
+        """Names of everything summed up: `ar`, `nll_ar`, ..."""
+        found = dict.fromkeys(term for term, _ in self.cross_entropies)
+        return (*found, *(f"nll_{term}" for term in found), *(term for term, *_ in self.divergences))
+
+
+def objective(
+    states: Mapping[str, jax.Array],
+    projection: Tree,
+    project: Project,
+    target: jax.Array,
+    masked: jax.Array,
+    config: LossConfig,
+    ids: SpecialIds,
+    *,
+    weights: Mapping[str, jax.Array],
+    shares: int = 1,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """All of the objective that needs logits over the vocabulary, that is all but the length loss.
+
+    Args:
+      states: last decoder states by stream, "ar", "nar" and "aux": [B, T, D], aligned with what they
+        predict; for objective `rdrop`, `ar` holds two dropout passes, [2B, T, D].
+      projection: the parameters of the output projection.
+      project: applies them; a top-level function, as it is static.
+      target: [B, T] int32.
+      masked: [B, T] bool.
+      config: objective, smoothing and `chunk`, the number of slots c whose logits exist at a time.
+      ids: special ids.
+      weights: of each term, over the whole global batch (`losses.weights`).
+      shares: G, over how many devices the rows are cut; static, and it divides B.
+
+    Returns:
+      (sum over terms of coefficient x sum / weight, {term: sum}), float32 scalars.  The first carries
+      the gradient to states and projection; the sums are for the reader and carry none.
+    """
+    tokens, _ = losses.items(target, ids)
+    streams = dict(states)
+    if config.objective == "rdrop":
+        streams["ar"], streams["ar_again"] = jnp.split(states["ar"], 2)
+    walks = _walks(config)
+    read = {name for walk in walks for name in walk.streams}
+
+    def share(x: jax.Array) -> jax.Array:
+        """[B, T, ..] -> [G, n, ..]; the rows of a share stay together."""
+        return x.reshape(shares, -1, *x.shape[2:])
+
+    slots = {"masked": masked, "tokens": tokens > 0, "unmasked": (tokens > 0) & ~masked}
+    scales = {
+        name: coefficient / jnp.maximum(weights[name], 1.0)
+        for name, coefficient in losses.coefficients(config).items()
+        if name != "length"
+    }
+    value, sums = _walk_all(
+        (walks, project, config.chunk, config.label_smoothing),
+        {name: share(streams[name]) for name in sorted(read)},
+        projection,
+        share(target),
+        tuple(share(slots[walk.slots]) for walk in walks),
+        scales,
+    )
+    return value, jax.lax.stop_gradient(sums)
+
+
+def _walks(config: LossConfig) -> tuple[Walk, ...]:
+    """The passes of an objective: over M, with whatever is read there, then AR over the other tokens."""
+    used = losses.coefficients(config)
+    if config.objective == "rdrop":
+        twice = (("ar", "ar"), ("ar", "ar_again"))
+        return (Walk("tokens", ("ar", "ar_again"), twice, (("kl_rdrop", "ar", "ar_again"),)),)
+    cross_entropies = tuple((name, name) for name in losses.CROSS_ENTROPIES if name in used)
+    pairs = tuple((name, *pair) for name, pair in losses.DIVERGENCES.items() if name in used)
+    streams = tuple(dict.fromkeys(stream for _, *found in (*cross_entropies, *pairs) for stream in found))
+    if streams == ("ar",):
+        return (Walk("tokens", streams, cross_entropies),)
+    over_m = Walk("masked", streams, cross_entropies, pairs)
+    return (over_m, Walk("unmasked", ("ar",), (("ar", "ar"),))) if "ar" in used else (over_m,)
+
+
+# (walks, project, chunk, label smoothing): what is static
+Static = tuple[tuple[Walk, ...], Project, int, float]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _walk_all(
+    static: Static,
+    states: Arrays,
+    projection: Tree,
+    target: jax.Array,
+    chosen: tuple[jax.Array, ...],
+    scales: Arrays,
+) -> tuple[jax.Array, Arrays]:
+    """States {stream: [G, n, D]}, target [G, n], chosen slots [G, n] of each walk -> (objective, sums)."""
+    found, _ = _accumulate(static, states, projection, target, chosen, scales, gradient=False)
+    return found
+
+
+def _forward(
+    static: Static,
+    states: Arrays,
+    projection: Tree,
+    target: jax.Array,
+    chosen: tuple[jax.Array, ...],
+    scales: Arrays,
+) -> tuple[tuple[jax.Array, Arrays], Tree]:
+    return _accumulate(static, states, projection, target, chosen, scales, gradient=True)
+
+
+def _backward(_: Static, gradient: Tree, cotangent: tuple[jax.Array, Arrays]) -> tuple[Any, ...]:
+    scaled = jax.tree.map(lambda g: (g * cotangent[0]).astype(g.dtype), gradient)
+    return (*scaled, None, None, None)
+
+
+_walk_all.defvjp(_forward, _backward)
+
+
+def _accumulate(
+    static: Static,
+    states: Arrays,
+    projection: Tree,
+    target: jax.Array,
+    chosen: tuple[jax.Array, ...],
+    scales: Arrays,
+    *,
+    gradient: bool,
+) -> tuple[tuple[jax.Array, Arrays], Tree]:
+    """((objective, sums), its gradient by (states, projection)); without `gradient`, that is None."""
+    shares = target.shape[0]
+    zeros: Tree = (jnp.zeros(shares), {n: jnp.zeros(shares) for walk in static[0] for n in walk.terms()})
+    if gradient:
+        # The projection's gradient is kept apart by share, so that devices exchange it once, at the end.
+        apart = jax.tree.map(lambda p: jnp.zeros((shares, *p.shape), jnp.float32), projection)
+        zeros = (*zeros, (jax.tree.map(jnp.zeros_like, states), apart))
+    found = zeros
+    for walk, where in zip(static[0], chosen, strict=True):
+        found = _one_walk(walk, static, states, projection, target, where, scales, found, gradient=gradient)
+    total, sums, *rest = found
+    result = (jnp.sum(total), {name: jnp.sum(x) for name, x in sums.items()})
+    if not gradient:
+        return result, None
+    by_states, apart = rest[0]
+    return result, (
+        by_states,
+        jax.tree.map(lambda g, p: jnp.sum(g, axis=0).astype(p.dtype), apart, projection),
+    )
+
+
+def _one_walk(
+    walk: Walk,
+    static: Static,
+    states: Arrays,
+    projection: Tree,
+    target: jax.Array,
+    where: jax.Array,
+    scales: Arrays,
+    found: Tree,
+    *,
+    gradient: bool,
+) -> Tree:
+    """Adds what the slots `where` [G, n] contribute to `found`, chunk by chunk."""
+    _, project, size, smoothing = static
+    of_chunk: Callable[..., Any] = functools.partial(_chunk, walk, project, smoothing)
+    if gradient:
+        of_chunk = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)
+    of_chunk = jax.vmap(of_chunk, in_axes=(0, None, 0, 0, None))
+    order = jnp.argsort(~where, axis=1, stable=True)  # the chosen slots, then the others
+    order = jnp.pad(order, ((0, 0), (0, -order.shape[1] % size)))
+    count = jnp.sum(where, axis=1, dtype=jnp.int32)
+    last = jnp.max(count)
+
+    def more(carry: tuple[jax.Array, Tree]) -> jax.Array:
+        return carry[0] < last
+
+    def step(carry: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
+        start, (total, sums, *gradients) = carry
+        slots = jax.lax.dynamic_slice_in_dim(order, start, size, axis=1)  # [G, c]
+        item = (start + jnp.arange(size) < count[:, None]).astype(jnp.float32)
+        here = {n: jnp.take_along_axis(states[n], slots[..., None], axis=1) for n in walk.streams}
+        truth = jnp.take_along_axis(target, slots, axis=1)
+        value = of_chunk(here, projection, truth, item, scales)
+        if gradient:
+            value, (by_states, by_projection) = value
+            moved, apart = gradients[0]
+            moved = {**moved, **{n: _add_rows(moved[n], slots, dx) for n, dx in by_states.items()}}
+            gradients = [(moved, jax.tree.map(jnp.add, apart, by_projection))]
+        sums = {**sums, **{name: sums[name] + x for name, x in value[1].items()}}
+        return start + size, (total + value[0], sums, *gradients)
+
+    return jax.lax.while_loop(more, step, (jnp.int32(0), found))[1]
+
+
+@jax.vmap
+def _add_rows(x: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
+    """Adds `rows` [G, c, D] to `x` [G, n, D] at the places `at` [G, c]."""
+    return x.at[at].add(rows)
+
+
+def _chunk(
+    walk: Walk,
+    project: Project,
+    smoothing: float,
+    states: Arrays,
+    projection: Tree,
+    truth: jax.Array,
+    item: jax.Array,
+    scales: Arrays,
+) -> tuple[jax.Array, Arrays]:
+    """States {stream: [c, D]}, truth [c], item [c] (1, or 0 for a slot not chosen) -> (objective, sums)."""
+    log_p = {name: jax.nn.log_softmax(project(projection, x), axis=-1) for name, x in states.items()}
+    sums = {name: jnp.float32(0) for name in walk.terms()}
+    for term, stream in walk.cross_entropies:
+        smoothed, nll = losses.label_smoothed(log_p[stream], truth, smoothing)
+        sums[term] += jnp.sum(smoothed * item)
+        sums[f"nll_{term}"] += jnp.sum(nll * item)
+    for term, left, right in walk.divergences:
+        sums[term] += jnp.sum(losses.symmetric_kl(log_p[left], log_p[right]) * item)
+    return jnp.sum(jnp.stack([scales[n] * sums[n] for n in sums if n in scales])), sums
