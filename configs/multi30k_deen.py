@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "multi30k"
     config.data.source, config.data.target = "de", "en"
     config.batch.buckets = (16, 24, 32, 48)
-    config.batch.tokens = 768
+    config.batch.tokens = 1536
     config.batch.workers = 1
     config.model.vocab_size = 4000
     config.model.dim, config.model.ffn, config.model.heads = 128, 256, 4
@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optim.schedule = "polynomial"
     config.optim.warmup_steps = 500
     config.optim.clip_norm = 1.0
-    config.train.steps = 4500
-    config.train.eval_every = config.train.checkpoint_every = 1500
+    config.train.steps = 9100
+    config.train.eval_every = config.train.checkpoint_every = 910
     config.train.dev_sentences = 200
     return config

@@ -52,8 +52,8 @@ def spec(rows: int, length: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     }
 
 
-def assemble(examples: Sequence[Example], rows: int, length: int, pad: int) -> Batch:
-    """The batch of `examples`, in order, followed by filler rows up to `rows`.
+def assemble(examples: Sequence[Example | None], rows: int, length: int, pad: int) -> Batch:
+    """The batch of `examples`, in order, followed by filler rows up to `rows`; None is a filler row too.
 
     Raises:
       ValueError: more examples than rows, or an example longer than `length`.
@@ -66,6 +66,8 @@ def assemble(examples: Sequence[Example], rows: int, length: int, pad: int) -> B
     target.fill(pad)
     index.fill(FILLER)
     for row, example in enumerate(examples):
+        if example is None:
+            continue
         s, n = len(example.source), len(example.target)
         if max(s, n) > length:
             raise ValueError(f"example {example.index} has {s} and {n} tokens, more than {length}")

@@ -28,7 +28,7 @@ import numpy as np
 
 from janus_jax import losses, mesh, report, run
 from janus_jax.batch import Batch, corrupt, example_rng
-from janus_jax.config import Config
+from janus_jax.config import Config, microbatches
 from janus_jax.data.encoded import encode_split
 from janus_jax.data.pipeline import train_batches
 from janus_jax.data.sources import open_split
@@ -88,8 +88,10 @@ def bench(config: Config, workdir: Path | None) -> int:
 
 def training(config: Config, opened: run.Run | None) -> dict[str, float]:
     """Seconds of one update by where they go, at the batch shape of the middle bucket."""
-    devices = mesh.make_mesh(config.mesh.data)
-    share = mesh.data_parallelism(devices) * config.train.microbatches
+    devices = mesh.make_mesh(config.mesh)
+    parts = microbatches(config, mesh.row_shares(devices))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=parts))
+    share = mesh.row_shares(devices) * parts
     length = _bucket(config)
     batches = _batches(config, opened, length, share)
     shardings = mesh.state_shardings(devices, jax.eval_shape(functools.partial(init_state, config)))
@@ -97,7 +99,8 @@ def training(config: Config, opened: run.Run | None) -> dict[str, float]:
     first = mesh.global_batch(devices, next(batches))
     start = time.perf_counter()
     step = jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
-    compiled = step.lower(state, first).compile()
+    with jax.set_mesh(devices):
+        compiled = step.lower(state, first).compile()
     compile_seconds = time.perf_counter() - start
     state, metrics = compiled(state, first)  # the first call still sets things up
     jax.block_until_ready(metrics)

@@ -8,12 +8,12 @@ AUX outside M) cost nothing.
 The gradient of a chunk is taken on the spot, while its logits are there, and added up: no logits are
 kept for the backward pass, nor computed twice.  Memory is that of one chunk, whatever B x T x V.
 
-A batch whose rows lie on several devices is walked in as many shares at once, each of the rows of one
-device, so that listing and gathering slots move nothing between devices.
+A batch whose rows lie on several devices (of the mesh that is set) is walked in as many shares at once,
+each of the rows of one device, so that listing and gathering slots move nothing between devices.
 
 Letters: B rows, T target length, G shares, n slots of a share (B / G x T), c slots of a chunk,
 D model width, V vocabulary.
-Room: pure core.  Imports losses and config.
+Room: pure core.  Imports losses, sharding and config.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from janus_jax import losses
+from janus_jax import losses, sharding
 from janus_jax.config import LossConfig, SpecialIds
 
 Arrays = dict[str, jax.Array]
@@ -59,7 +59,6 @@ def objective(
     ids: SpecialIds,
     *,
     weights: Mapping[str, jax.Array],
-    shares: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """All of the objective that needs logits over the vocabulary, that is all but the length loss.
 
@@ -73,13 +72,13 @@ def objective(
       config: objective, smoothing and `chunk`, the number of slots c whose logits exist at a time.
       ids: special ids.
       weights: of each term, over the whole global batch (`losses.weights`).
-      shares: G, over how many devices the rows are cut; static, and it divides B.
 
     Returns:
       (sum over terms of coefficient x sum / weight, {term: sum}), float32 scalars.  The first carries
       the gradient to states and projection; the sums are for the reader and carry none.
     """
     tokens, _ = losses.items(target, ids)
+    shares = sharding.row_shares()
     streams = dict(states)
     if config.objective == "rdrop":
         streams["ar"], streams["ar_again"] = jnp.split(states["ar"], 2)
@@ -88,7 +87,7 @@ def objective(
 
     def share(x: jax.Array) -> jax.Array:
         """[B, T, ..] -> [G, n, ..]; the rows of a share stay together."""
-        return x.reshape(shares, -1, *x.shape[2:])
+        return sharding.constrain(x.reshape(shares, -1, *x.shape[2:]), sharding.ROWS)
 
     slots = {"masked": masked, "tokens": tokens > 0, "unmasked": (tokens > 0) & ~masked}
     scales = {
@@ -174,7 +173,7 @@ def _accumulate(
     zeros: Tree = (jnp.zeros(shares), {n: jnp.zeros(shares) for walk in static[0] for n in walk.terms()})
     if gradient:
         # The projection's gradient is kept apart by share, so that devices exchange it once, at the end.
-        apart = jax.tree.map(lambda p: jnp.zeros((shares, *p.shape), jnp.float32), projection)
+        apart = jax.tree.map(lambda p: _apart(jnp.zeros((shares, *p.shape), jnp.float32)), projection)
         zeros = (*zeros, (jax.tree.map(jnp.zeros_like, states), apart))
     found = zeros
     for walk, where in zip(static[0], chosen, strict=True):
@@ -207,7 +206,7 @@ def _one_walk(
     of_chunk: Callable[..., Any] = functools.partial(_chunk, walk, project, smoothing)
     if gradient:
         of_chunk = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)
-    of_chunk = jax.vmap(of_chunk, in_axes=(0, None, 0, 0, None))
+    of_chunk = jax.vmap(of_chunk, in_axes=(0, None, 0, 0, None), spmd_axis_name=sharding.ROWS)
     order = jnp.argsort(~where, axis=1, stable=True)  # the chosen slots, then the others
     order = jnp.pad(order, ((0, 0), (0, -order.shape[1] % size)))
     count = jnp.sum(where, axis=1, dtype=jnp.int32)
@@ -227,11 +226,17 @@ def _one_walk(
             value, (by_states, by_projection) = value
             moved, apart = gradients[0]
             moved = {**moved, **{n: _add_rows(moved[n], slots, dx) for n, dx in by_states.items()}}
-            gradients = [(moved, jax.tree.map(jnp.add, apart, by_projection))]
+            gradients = [(moved, jax.tree.map(lambda a, g: _apart(a + g), apart, by_projection))]
         sums = {**sums, **{name: sums[name] + x for name, x in value[1].items()}}
         return start + size, (total + value[0], sums, *gradients)
 
-    return jax.lax.while_loop(more, step, (jnp.int32(0), found))[1]
+    with jax.named_scope(f"loss_{walk.slots}"):
+        return jax.lax.while_loop(more, step, (jnp.int32(0), found))[1]
+
+
+def _apart(gradient: jax.Array) -> jax.Array:
+    """A gradient of the projection by share, [G, V, ..]."""
+    return sharding.constrain(gradient, sharding.ROWS, sharding.TENSOR)
 
 
 @jax.vmap
@@ -251,7 +256,8 @@ def _chunk(
     scales: Arrays,
 ) -> tuple[jax.Array, Arrays]:
     """States {stream: [c, D]}, truth [c], item [c] (1, or 0 for a slot not chosen) -> (objective, sums)."""
-    log_p = {name: jax.nn.log_softmax(project(projection, x), axis=-1) for name, x in states.items()}
+    logits = {n: sharding.constrain(project(projection, x), None, sharding.TENSOR) for n, x in states.items()}
+    log_p = {name: jax.nn.log_softmax(x, axis=-1) for name, x in logits.items()}
     sums = {name: jnp.float32(0) for name in walk.terms()}
     for term, stream in walk.cross_entropies:
         smoothed, nll = losses.label_smoothed(log_p[stream], truth, smoothing)

@@ -72,6 +72,7 @@ class BatchConfig:
 
     buckets: tuple[int, ...] = (16, 24, 32, 48, 64)  # padded lengths, source and target alike
     tokens: int = 2048  # slots of one side per update (rows x bucket), over all devices
+    device_tokens: int = 8192  # with train.microbatches = 0: most slots of one side on a device at a time
     sampler: str = "span"  # span (Poisson spans) | uniform (CMLM)
     mask_rate: float = 0.7  # span sampler: budget as a share of the target
     span_mean: float = 2.0  # span sampler: mean of the Poisson of span lengths
@@ -151,7 +152,7 @@ class TrainConfig:
     """How long, how often, and what to do when something goes wrong."""
 
     steps: int = 20_000  # updates
-    microbatches: int = 1  # gradient accumulation: parts of one update's batch
+    microbatches: int = 1  # gradient accumulation: parts of one update's batch; 0: see batch.device_tokens
     log_every: int = 50
     eval_every: int = 1000  # dev loss and dev BLEU in both modes
     dev_sentences: int = 500  # dev sentences decoded for BLEU; 0 means all, and -1 none
@@ -184,9 +185,11 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices and how the arrays lie on them."""
+    """Devices and how the arrays lie on them: data x fsdp x tensor devices."""
 
-    data: int = -1  # replicas; -1 means all devices
+    data: int = -1  # replicas, across slices first; -1 means all devices that the other axes leave
+    fsdp: int = 1  # devices that share rows as well as parameters and optimiser state
+    tensor: int = 1  # devices that share heads, ffn width and vocabulary of the same rows
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,16 @@ class Config:
             return [plain(v) for v in value] if isinstance(value, tuple) else value
 
         return plain(dataclasses.asdict(self))
+
+
+def microbatches(config: Config, shares: int) -> int:
+    """Parts that an update's batch is computed in, on a mesh that cuts rows into `shares`.
+
+    `train.microbatches`, or for 0 as few as keep `batch.device_tokens`; the global batch is the same.
+    """
+    if config.train.microbatches:
+        return config.train.microbatches
+    return -(-config.batch.tokens // (shares * config.batch.device_tokens))
 
 
 def to_config_dict(config: Config | None = None) -> ml_collections.ConfigDict:
@@ -340,13 +353,15 @@ def _faults(c: Config) -> Iterator[str]:
     yield from one_of("train.nonfinite", ("stop", "skip"))
     yield from one_of("train.best", ("bleu", "loss"))
     yield from at_least(1, "model.dim", "model.ffn", "model.heads", "model.encoder_layers")
-    yield from at_least(1, "model.decoder_layers", "batch.workers", "train.steps", "train.microbatches")
+    yield from at_least(1, "model.decoder_layers", "batch.workers", "train.steps")
     yield from at_least(1, "train.log_every", "train.eval_every", "train.checkpoint_every")
     yield from at_least(1, "train.keep_last", "decode.beam", "decode.iterations", "decode.candidates")
     yield from at_least(1, "train.max_skipped", "vocab.max_sentences")
     yield from at_least(1, "train.dev_beam", "train.dev_iterations")
     yield from at_least(-1, "train.dev_sentences")
-    yield from at_least(0, "seed", "data.size", "batch.prefetch", "decode.max_length_a", "loss.chunk")
+    yield from at_least(
+        0, "seed", "data.size", "batch.prefetch", "train.microbatches", "decode.max_length_a", "loss.chunk"
+    )
     yield from at_least(1, "decode.max_length_b", "decode.tokens")
     yield from at_least(0, "optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm")
     yield from at_least(0, "loss.ar", "loss.nar", "loss.aux", "loss.length", "loss.rdrop_alpha")
@@ -359,6 +374,14 @@ def _faults(c: Config) -> Iterator[str]:
         yield f"batch.span_mean must be above 0, got {c.batch.span_mean}"
     if c.model.heads > 0 and c.model.dim % c.model.heads:
         yield f"model.heads ({c.model.heads}) must divide model.dim ({c.model.dim})"
+    yield from at_least(1, "mesh.fsdp", "mesh.tensor", "batch.device_tokens")
+    for axis, key in (
+        *((c.mesh.tensor, key) for key in ("model.heads", "model.ffn", "model.vocab_size")),
+        (c.mesh.fsdp, "model.dim"),
+    ):
+        name = "mesh.fsdp" if key == "model.dim" else "mesh.tensor"
+        if axis > 1 and get(c, key) % axis:
+            yield f"{name} ({axis}) must divide {key} ({get(c, key)})"
     if c.mesh.data != -1 and c.mesh.data < 1:
         yield f"mesh.data must be -1 (all devices) or at least 1, got {c.mesh.data}"
 

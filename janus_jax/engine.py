@@ -1,7 +1,10 @@
 """Batches of sources in, token ids out: `generate`, compiled once per shape and laid on the devices.
 
+The sentences of a batch are divided over the devices of this process, each of which holds all parameters
+and decodes its own sentences without a word to the others; so a device whose sentences are done is done.
+
 Letters: B sentences of a decoding batch, G beams or length candidates, S source length, T target slots.
-Room: [devices].  Imports generate, mesh and config; knows no text.
+Room: [devices].  Imports generate, mesh, sharding and config; knows no text.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from janus_jax import mesh
+from janus_jax import mesh, sharding
 from janus_jax.config import Config
-from janus_jax.generate import Generator
+from janus_jax.generate import Generator, memory_axes
+
+ROWS, WHOLE = PartitionSpec(sharding.ROWS), PartitionSpec()
 
 
 @dataclass
@@ -48,16 +54,16 @@ class Engine:
     """Parameters on all devices, and the compiled programs that decode with them."""
 
     def __init__(self, params: Any, config: Config) -> None:
-        """Lays `params` on the mesh of `config`."""
+        """Lays `params` on the devices of this process that `config.mesh` makes use of."""
         self._config = config
-        self._mesh = mesh.make_mesh(config.mesh.data)
+        self._mesh = mesh.local_mesh(config.mesh)
         self._compiled: dict[tuple[Any, ...], Any] = {}
         self.set_params(params)
 
     @property
     def devices(self) -> int:
         """Rows of a batch must be a multiple of this."""
-        return mesh.data_parallelism(self._mesh)
+        return mesh.row_shares(self._mesh)
 
     def set_params(self, params: Any) -> None:
         """Other parameters of the same model; what is compiled stays."""
@@ -79,12 +85,13 @@ class Engine:
           [B] (0 for AR).
         """
         if decode == "ar":
-            result = self._call(generator.autoregressive, (), report, self._place(source))
+            result = self._call(generator.autoregressive, (), report, (self._place(source), ROWS), out=ROWS)
             tokens, scores = jax.device_get((result.tokens, result.scores))
             return tokens, scores, np.zeros(len(source), np.int32)
-        memory, lengths, slots = self._remember(generator, source, report)
+        (memory, lengths), slots = self._remember(generator, source, report, ROWS)
         write = functools.partial(generator.non_autoregressive, slots=slots)
-        _, result = self._call(write, (slots,), report, memory, lengths)
+        args = ((memory, memory_axes(ROWS)), (lengths, ROWS))
+        _, result = self._call(write, (slots,), report, *args, out=ROWS)
         tokens, scores, passes = jax.device_get((result.tokens, result.scores, result.passes))
         order = np.argsort(-scores, axis=1, kind="stable")  # of equals the first, as `choose` has it
         scores, passes = (np.take_along_axis(x, order, 1) for x in (scores, passes))
@@ -92,40 +99,49 @@ class Engine:
 
     def refine(self, generator: Generator, source: np.ndarray, report: Report) -> tuple[Any, Any]:
         """(choice, history) of mask-predict over one source [1, S], on the host."""
-        memory, lengths, slots = self._remember(generator, source, report, alone=True)
+        (memory, lengths), slots = self._remember(generator, source, report, WHOLE)
         write = functools.partial(generator.non_autoregressive, slots=slots, history=True)
-        choice, result = self._call(write, (slots, True), report, memory, lengths)
+        choice, result = self._call(
+            write, (slots, True), report, (memory, WHOLE), (lengths, WHOLE), out=WHOLE
+        )
         return jax.device_get((choice, result.history))
 
     def _remember(
-        self, generator: Generator, source: np.ndarray, report: Report, alone: bool = False
-    ) -> tuple[Any, jax.Array, int]:
-        """Encoded sources, candidate lengths, and a canvas no larger than the longest of them needs.
+        self, generator: Generator, source: np.ndarray, report: Report, rows: PartitionSpec
+    ) -> tuple[tuple[Any, jax.Array], int]:
+        """Encoded sources with candidate lengths, and a canvas no larger than the longest of them needs.
 
         Reading the lengths back costs one wait; the canvas is a bucket, so that shapes stay few.
         """
-        memory, lengths = self._call(generator.remember, (), report, self._place(source, alone))
-        longest = int(jax.device_get(lengths).max())
+        placed = self._place(source) if rows == ROWS else jax.device_put(source, mesh.replicated(self._mesh))
+        found = self._call(generator.remember, (), report, (placed, rows), out=(memory_axes(rows), rows))
+        longest = int(jax.device_get(found[1]).max())
         most = generator.slots(source.shape[1]) + 1
-        return (
-            memory,
-            lengths,
-            min([b for b in self._config.batch.buckets if longest <= b < most], default=most),
-        )
+        return found, min([b for b in self._config.batch.buckets if longest <= b < most], default=most)
 
-    def _place(self, source: np.ndarray, alone: bool = False) -> jax.Array:
-        if alone:  # one row does not divide over the devices
-            return jax.device_put(source, mesh.replicated(self._mesh))
+    def _place(self, source: np.ndarray) -> jax.Array:
         return mesh.global_batch(self._mesh, {"source": source})["source"]
 
-    def _call(self, function: Callable[..., Any], key: tuple[Any, ...], report: Report, *args: Any) -> Any:
-        """Calls the compiled form of `function(params, *args)`, which is made once per shape."""
+    def _call(
+        self,
+        function: Callable[..., Any],
+        key: tuple[Any, ...],
+        report: Report,
+        *args: tuple[Any, Any],
+        out: Any,
+    ) -> Any:
+        """Calls the compiled form of `function(params, *args)`, which is made once per shape.
+
+        Each argument comes with the axes that its dimensions are cut over, `out` are those of the results.
+        """
+        values, axes = (tuple(x[i] for x in args) for i in (0, 1))
         base: Any = getattr(function, "func", function)
-        shapes = tuple(x.shape for x in jax.tree.leaves(args))
+        shapes = tuple(x.shape for x in jax.tree.leaves(values))
         full_key = (base.__self__, base.__name__, key, shapes)
         if full_key not in self._compiled:
             start = time.perf_counter()
-            self._compiled[full_key] = jax.jit(function).lower(self._params, *args).compile()
+            each = mesh.on_each_device(function, self._mesh, (WHOLE, *axes), out)
+            self._compiled[full_key] = jax.jit(each).lower(self._params, *values).compile()
             report.compile_seconds += time.perf_counter() - start
         report.shapes.add((*shapes[0], *key))
-        return self._compiled[full_key](self._params, *args)
+        return self._compiled[full_key](self._params, *values)

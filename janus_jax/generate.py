@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from janus_jax.config import DecodeConfig, ModelConfig
 from janus_jax.decode import beam, mask_predict
@@ -130,6 +131,13 @@ class Generator:
         ids = self.model.ids
         never = {ids.pad, ids.bos, ids.start, ids.mask} | ({ids.unk} if self.decode.ban_unk else set())
         return tuple(sorted(never | {ids.eos} if eos else never - {ids.eos}))
+
+
+def memory_axes(rows: PartitionSpec) -> Memory:
+    """How each array of a `Memory` is cut where its sentences are cut as `rows` says."""
+    by_layer: Any = PartitionSpec(None, *rows)
+    every: Any = rows
+    return Memory(layers=(by_layer, by_layer), mask=every, length_logits=every)
 
 
 def with_options(config: DecodeConfig, **options: object) -> DecodeConfig:

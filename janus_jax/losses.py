@@ -169,8 +169,12 @@ def symmetric_kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 
 def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
-    """values[.., index]: [.., V], [..] int -> [..]."""
-    return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+    """values[.., index]: [.., V], [..] int -> [..].
+
+    As a sum over V rather than a gather, so that values cut over V need not be brought together.
+    """
+    here = index[..., None] == jnp.arange(values.shape[-1])
+    return jnp.sum(jnp.where(here, values, 0.0), axis=-1)
 
 
 def items(target: jax.Array, ids: SpecialIds) -> tuple[jax.Array, jax.Array]:

@@ -1,65 +1,123 @@
-"""Devices: the mesh, how arrays lie on it, and what there is to know about the machine.
+"""Devices: the mesh, how arrays lie on it, who runs along, and what there is to know about the machine.
 
-One axis, `data`: every device holds all parameters and a share of the rows of each batch.  How a parameter
-lies is decided by the first matching rule of a table (path pattern -> PartitionSpec), outside the model, so
-that further axes are rows of that table.
+The axes of the mesh and the rules of what is cut over which are in `sharding`; here they meet devices.
 
-Room: devices; the only one that asks jax for devices or process numbers.  Imports nothing of ours.
-Letters: B rows of the global batch, b rows that this process holds.
+Room: devices; the only one that asks jax for devices or process numbers.  Imports sharding and config.
+Letters: B rows of the global batch.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-Tree = Any  # a pytree
-Rule = tuple[str, PartitionSpec]  # pattern searched in "params/encoder/...", and how such an array lies
+from janus_jax import sharding
+from janus_jax.config import MeshConfig
 
-DATA = "data"
-REPLICATED: tuple[Rule, ...] = (("", PartitionSpec()),)
+Tree = Any  # a pytree
 
 
 class MeshError(ValueError):
     """Devices or batches that do not divide; the message names the key, both numbers and the remedy."""
 
 
-def make_mesh(data: int = -1) -> Mesh:
-    """A mesh of `data` replicas on the axis `data`.
+class Part(NamedTuple):
+    """Which shares of the rows of every batch a process has to bring: `mine`, counted from 0, of `of`."""
+
+    mine: tuple[int, ...]
+    of: int
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of data x fsdp x tensor devices.
+
+    `data` reaches across slices (groups of devices with a fast network among themselves) where there are
+    several, so that fsdp and tensor, which exchange more, stay inside one.
 
     Args:
-      data: config key mesh.data; -1 means all devices.  Fewer than all is for one process only, which then
-        leaves the other devices idle.
+      config: sizes of the axes; data = -1 takes what the others leave.  Fewer than all devices is for one
+        process only, which then leaves the others idle.
+      devices: which; default all devices of all processes.
 
     Raises:
-      MeshError: `data` does not divide the devices, or leaves another process without work.
+      MeshError: the sizes do not divide the devices, leave another process without work, or would cut fsdp
+        or tensor across slices.
     """
-    devices = jax.devices()
-    count = len(devices)
-    used = count if data == -1 else data
-    if used < 1 or count % used:
+    devices = list(jax.devices() if devices is None else devices)
+    count, inner = len(devices), config.fsdp * config.tensor
+    if count % inner:
         raise MeshError(
-            f"mesh.data = {data} does not divide the {count} devices here; "
-            f"set it to -1 (all) or one of {', '.join(map(str, _divisors(count)))}"
+            f"mesh.fsdp x mesh.tensor = {config.fsdp} x {config.tensor} = {inner} does not divide the "
+            f"{count} devices here; choose a product among {_listed(_divisors(count))}"
         )
-    if used < count and jax.process_count() > 1:
+    data = count // inner if config.data == -1 else config.data
+    used = data * inner
+    if data < 1 or count % used:
+        allowed = _divisors(count // inner)
         raise MeshError(
-            f"mesh.data = {data} leaves {count - used} of the {count} devices of {jax.process_count()} "
-            f"processes without work; set it to -1 or {count}"
+            f"mesh.data = {config.data}{f' x {inner} (fsdp x tensor)' if inner > 1 else ''} does not divide "
+            f"the {count} devices here; set it to -1 (all) or one of {_listed(allowed)}"
         )
-    return jax.make_mesh((used,), (DATA,), axis_types=(AxisType.Auto,), devices=devices[:used])
+    if used < count and len({d.process_index for d in devices}) > 1:
+        raise MeshError(
+            f"mesh.data = {config.data} leaves {count - used} of the {count} devices of "
+            f"{len({d.process_index for d in devices})} processes without work; set it to -1 or "
+            f"{count // inner}"
+        )
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    shape = (data, config.fsdp, config.tensor)
+    if used < count or slices == 1:
+        laid = mesh_utils.create_device_mesh(shape, devices[:used], allow_split_physical_axes=True)
+    elif data % slices:
+        raise MeshError(
+            f"mesh.data = {data} does not divide over the {slices} slices, so that mesh.fsdp or mesh.tensor "
+            f"would reach across; lower mesh.fsdp x mesh.tensor ({inner}) to at most {count // slices}"
+        )
+    else:
+        laid = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *shape[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    return Mesh(laid, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
 
 
-def data_parallelism(mesh: Mesh) -> int:
-    """How many shares a batch is cut into."""
-    return mesh.shape[DATA]
+def local_mesh(config: MeshConfig) -> Mesh:
+    """The devices that `config` makes use of and this process has, all on the axis `data`.
+
+    Decoding needs no more: parameters fit on one device, and sentences need nothing of each other.
+
+    Raises:
+      MeshError: as `make_mesh`.
+    """
+    used = set(make_mesh(config).devices.flat)
+    devices = np.array([d for d in jax.local_devices() if d in used]).reshape(-1, 1, 1)
+    return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
+
+
+def on_each_device(
+    function: Callable[..., Any], mesh: Mesh, in_axes: tuple[Any, ...], out_axes: Any
+) -> Callable[..., Any]:
+    """`function` computed by every device on its own part of the arguments, without communication.
+
+    Args:
+      function: of arrays.
+      mesh: the devices.
+      in_axes: a PartitionSpec (or a tree of them) for each argument.
+      out_axes: the same for the results.
+    """
+    return jax.shard_map(function, mesh=mesh, in_specs=in_axes, out_specs=out_axes, check_vma=False)
+
+
+def row_shares(mesh: Mesh) -> int:
+    """How many shares the rows of a batch are cut into."""
+    return math.prod(mesh.shape[axis] for axis in sharding.ROWS)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -68,56 +126,100 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis (rows) cut over `data`, the others whole."""
-    return NamedSharding(mesh, PartitionSpec(DATA))
+    """The first axis (rows) cut over `data` and `fsdp`, the others whole."""
+    return NamedSharding(mesh, PartitionSpec(sharding.ROWS))
 
 
-def state_shardings(mesh: Mesh, abstract_state: Tree, rules: Sequence[Rule] = REPLICATED) -> Tree:
-    """A sharding for each array of a training state.
+def state_shardings(
+    mesh: Mesh, abstract_state: Tree, rules: Sequence[sharding.Rule] = sharding.RULES
+) -> Tree:
+    """A sharding for each array of a training state (or of parameters), by the rules of `sharding`.
 
     Args:
       mesh: where to.
       abstract_state: pytree of anything with a shape, as `jax.eval_shape` returns it.
-      rules: the first whose pattern is found in the array's path ("params/encoder/...") decides.
+      rules: which axes cut what.
 
     Raises:
-      MeshError: an array that no rule matches.
+      MeshError: a rule cuts a dimension that its axis does not divide.
     """
 
-    def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, spec in rules:
-            if re.search(pattern, name):
-                return NamedSharding(mesh, spec)
-        raise MeshError(f"no sharding rule matches {name!r}; add one to the table")
+    def place(path: tuple[Any, ...], array: Any) -> NamedSharding:
+        name = _path(path)
+        spec = sharding.spec_of(name, array.shape, rules)
+        for dimension, (size, axis) in enumerate(zip(array.shape, tuple(spec), strict=False)):
+            if axis is not None and size % mesh.shape[axis]:
+                raise MeshError(
+                    f"mesh.{axis} = {mesh.shape[axis]} does not divide dimension {dimension} of {name}, "
+                    f"{tuple(array.shape)}; choose a divisor of {size}"
+                )
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def sharding_table(abstract: Tree, shardings: Tree) -> list[tuple[str, str, str, int]]:
+    """(path, shape and type, axes of each dimension, bytes on each device) of every array, in order."""
+    rows = []
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
+    for (path, array), laid in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        axes = ", ".join("-" if axis is None else str(axis) for axis in laid.spec) or "whole"
+        size = math.prod(laid.shard_shape(array.shape)) * np.dtype(array.dtype).itemsize
+        shape = "x".join(map(str, array.shape)) or "scalar"
+        rows.append((_path(path), f"{np.dtype(array.dtype).name} {shape}", axes, size))
+    return rows
 
 
 def with_shardings(abstract_state: Tree, shardings: Tree) -> Tree:
     """`abstract_state` as ShapeDtypeStructs that carry `shardings`: what restoring a checkpoint asks for."""
     return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract_state,
-        shardings,
+        lambda x, laid: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid), abstract_state, shardings
     )
 
 
+def part_of(mesh: Mesh) -> Part:
+    """The shares of rows that the devices of this process compute.
+
+    Processes whose devices compute the same rows (they differ in `tensor` alone) have the same share.
+    """
+    shares = row_shares(mesh)
+    owned = batch_sharding(mesh).addressable_devices_indices_map((shares,))
+    return Part(tuple(sorted({rows[0].indices(shares)[0] for rows in owned.values() if rows})), shares)
+
+
 def global_batch(mesh: Mesh, host_batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The whole batch [B, ...] on the mesh, from each process's own rows [b, ...].
+    """The whole batch [B, ...] on the mesh, from the rows that `part_of` says, one share after the other.
 
     Raises:
       MeshError: the rows do not divide over the devices.
     """
-    sharding, shares = batch_sharding(mesh), data_parallelism(mesh)
-    for key, rows in host_batch.items():
-        total = rows.shape[0] * jax.process_count()
-        if total % shares:
+    part, laid = part_of(mesh), batch_sharding(mesh)
+
+    def place(key: str, rows: np.ndarray) -> jax.Array:
+        if len(rows) % len(part.mine):
             raise MeshError(
-                f"the {total} rows of {key!r} do not divide over mesh.data = {shares} devices; choose "
-                f"batch.tokens so that every bucket gets a multiple of {shares} rows, or fewer devices"
+                f"the {len(rows)} rows of {key!r} do not divide over {len(part.mine)} devices; choose "
+                f"a multiple of {len(part.mine)} rows, or fewer devices (mesh.data)"
             )
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in host_batch.items()}
+        size = len(rows) // len(part.mine)
+        whole = (size * part.of, *rows.shape[1:])
+
+        def shard(index: Any) -> np.ndarray:
+            share = index[0].indices(whole[0])[0] // size
+            at = part.mine.index(share) * size
+            return rows[at : at + size]
+
+        return jax.make_array_from_callback(whole, laid, shard)
+
+    return {key: place(key, rows) for key, rows in host_batch.items()}
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def process_index() -> int:

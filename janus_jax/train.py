@@ -16,6 +16,7 @@ Room: shell.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import signal
 import time
@@ -29,10 +30,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from janus_jax import losses, mesh, report, run, score
+from janus_jax import losses, mesh, report, run, score, sharding
 from janus_jax.batch import Batch
 from janus_jax.checkpoint import Checkpoints
-from janus_jax.config import Config
+from janus_jax.config import Config, microbatches
 from janus_jax.data.encoded import EncodedSource, encode_split
 from janus_jax.data.pipeline import BatchPlan, eval_batches, train_batches
 from janus_jax.data.sources import PairSource, open_split
@@ -73,8 +74,8 @@ def train(config: Config, workdir: str | Path) -> int:
     with run.locked(workdir):
         opened = run.claim(workdir, config)
         prepare(config, workdir)
-        devices = mesh.make_mesh(config.mesh.data)
-        print(f"{mesh.data_parallelism(devices)} x {mesh.device_kind()}, objective {config.loss.objective}")
+        devices = mesh.make_mesh(config.mesh)
+        print(f"{_described(devices)}, objective {config.loss.objective}")
         with (
             Checkpoints(
                 opened.checkpoints, config.train.keep_last, *_best(config), say=lambda m: print(m, flush=True)
@@ -97,7 +98,11 @@ class _Training:
         checkpoints: Checkpoints,
         stop: Callable[[], str | None],
     ) -> None:
-        self.config, self.opened, self.mesh = opened.config, opened, devices
+        shares = mesh.row_shares(devices)
+        parts = microbatches(opened.config, shares)
+        train_config = dataclasses.replace(opened.config.train, microbatches=parts)
+        self.config = dataclasses.replace(opened.config, train=train_config)
+        self.opened, self.mesh = opened, devices
         self.checkpoints, self.stop = checkpoints, stop
         self.timer = report.Timer()
         self.compiled: dict[tuple[Any, ...], Any] = {}
@@ -105,7 +110,7 @@ class _Training:
         self.vocabulary = opened.vocabulary()
         if checkpoints.latest() is None:
             opened.bind_vocabulary(self.vocabulary)
-        self.rows = mesh.data_parallelism(devices) * self.config.train.microbatches
+        self.rows = shares * parts
         self.train_set = _open(opened, self.config.data.train_split, self.vocabulary)
         self.dev = _Dev(self)
 
@@ -166,13 +171,23 @@ class _Training:
         """The newest state that can be restored, or a fresh one, laid out on the mesh."""
         initial = functools.partial(init_state, self.config)
         abstract = jax.eval_shape(initial)
-        shardings = mesh.state_shardings(self.mesh, abstract)
+        self.shardings = shardings = mesh.state_shardings(self.mesh, abstract)
+        self._show_shardings(abstract)
         if self.checkpoints.latest() is not None:
             wanted = mesh.with_shardings(abstract, shardings)._asdict()
             values, step = self.checkpoints.restore(wanted)
             print(f"resuming from step {step}")
             return TrainState(**values), step
         return jax.jit(initial, out_shardings=shardings)(), 0
+
+    def _show_shardings(self, abstract: TrainState) -> None:
+        """Where every parameter lies, if they are cut at all; the optimiser's lie as theirs do."""
+        if mesh.row_shares(self.mesh) == self.mesh.shape[sharding.DATA] == self.mesh.size:
+            return
+        rows = mesh.sharding_table(abstract.params, self.shardings.params)
+        total = sum(size for *_, size in mesh.sharding_table(abstract, self.shardings))
+        title = f"parameters; state on each device: {total / 2**20:,.1f} MiB"
+        report.table(title, ["path", "type and shape", "cut over", "bytes on each device"], rows)
 
     def _batches(self, start: int) -> Iterator[Batch]:
         config = self.config
@@ -184,8 +199,7 @@ class _Training:
             config.batch,
             seed=config.seed,
             start_step=start,
-            process_index=mesh.process_index(),
-            process_count=mesh.process_count(),
+            part=mesh.part_of(self.mesh),
             row_multiple=self.rows,
         )
 
@@ -194,14 +208,16 @@ class _Training:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One donated update, compiled once per batch shape."""
         step = functools.partial(train_step, config=self.config)
-        return self.call("train", step, (state, batch), donate_argnums=0)
+        laid = (self.shardings, mesh.replicated(self.mesh))
+        return self.call("train", step, (state, batch), donate_argnums=0, out_shardings=laid)
 
     def call(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> Any:
         """Calls the compiled form of `function`, one per name and batch shape; keeps compile time apart."""
         key = (name, *args[-1]["target"].shape)
         if key not in self.compiled:
             start = time.perf_counter()
-            self.compiled[key] = jax.jit(function, **options).lower(*args).compile()
+            with jax.set_mesh(self.mesh):
+                self.compiled[key] = jax.jit(function, **options).lower(*args).compile()
             self.compile_seconds += time.perf_counter() - start
             self.since += time.perf_counter() - start
         return self.compiled[key](*args)
@@ -280,7 +296,10 @@ class _Dev:
         terms: defaultdict[str, float] = defaultdict(float)
         weights: defaultdict[str, float] = defaultdict(float)
         batches = eval_batches(
-            self.examples, config.batch, row_multiple=mesh.data_parallelism(self.training.mesh)
+            self.examples,
+            config.batch,
+            part=mesh.part_of(self.training.mesh),
+            row_multiple=mesh.row_shares(self.training.mesh),
         )
         for batch in batches:
             placed = mesh.global_batch(self.training.mesh, batch)
@@ -307,6 +326,12 @@ class _Dev:
             lines = self.translator(self.sources, decode=mode, **options[mode])
             bleu[f"bleu_{mode}"] = score.score(lines, self.references).bleu
         return {**found, **bleu, "bleu": sum(bleu.values()) / len(bleu)}
+
+
+def _described(devices: jax.sharding.Mesh) -> str:
+    """The mesh in words: "8 x cpu (data 2 x fsdp 2 x tensor 2)"."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in devices.shape.items())
+    return f"{devices.size} x {mesh.device_kind()} ({axes})"
 
 
 def _open(opened: run.Run, split: str, vocabulary: Vocabulary) -> EncodedSource:

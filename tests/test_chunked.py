@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
-from janus_jax import chunked, losses
+from janus_jax import chunked, losses, sharding
 from janus_jax.config import OBJECTIVES, LossConfig, SpecialIds
 from janus_jax.models import Outputs, Projection, project
 
@@ -66,16 +67,14 @@ def plain(states, projection, target, masked, config):
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(states, projection)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "shares"))
-def in_chunks(states, projection, target, masked, config, shares=1):
+@functools.partial(jax.jit, static_argnames="config")
+def in_chunks(states, projection, target, masked, config):
     needed = losses.streams_needed(config)
 
     def loss(states, projection):
         read = {name: x for name, x in states.items() if needed[name]}
         weights = losses.weights(target, masked, config, IDS)
-        return chunked.objective(
-            read, projection, project, target, masked, config, IDS, weights=weights, shares=shares
-        )
+        return chunked.objective(read, projection, project, target, masked, config, IDS, weights=weights)
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(states, projection)
 
@@ -108,15 +107,15 @@ def test_the_size_of_a_chunk_does_not_matter(batch, chunk):
     assert_same(in_chunks(states, projection, *batch, config), expected)
 
 
-@pytest.mark.parametrize("shares", [2, 3, 6])
-def test_the_number_of_shares_does_not_matter(batch, shares):
-    """Though the shares have different numbers of masked slots, one of them (a filler row) none."""
+@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 1, 3), (3, 2, 1)], ids=str)
+def test_the_number_of_shares_does_not_matter(batch, layout):
+    """Though the shares have different numbers of masked slots, and a vocabulary cut by 3 is cut unevenly."""
     states, projection = inputs()
     config = LossConfig(chunk=2)
-    assert_same(
-        in_chunks(states, projection, *batch, config, shares=shares),
-        in_chunks(states, projection, *batch, config),
-    )
+    expected = in_chunks(states, projection, *batch, config)
+    devices = np.array(jax.devices()[: np.prod(layout)]).reshape(layout)
+    with jax.set_mesh(Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)):
+        assert_same(in_chunks(states, projection, *batch, config), expected)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -150,16 +149,15 @@ def test_parts_of_a_batch_add_up_to_the_whole(batch):
     states, projection = inputs()
     weights = losses.weights(target, masked, config, IDS)
 
-    def loss(projection, rows):
+    def loss(projection, first, last):
+        rows = slice(first, last)
         part = {name: x[rows] for name, x in states.items()}
         return chunked.objective(
             part, projection, project, target[rows], masked[rows], config, IDS, weights=weights
         )
 
-    whole, *parts = (
-        jax.value_and_grad(loss, has_aux=True)(projection, rows)
-        for rows in (slice(0, 6), slice(0, 2), slice(2, 6))
-    )
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))
+    whole, *parts = (gradient(projection, *rows) for rows in ((0, 6), (0, 2), (2, 6)))
     total = jax.tree.map(jnp.add, *parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, total)
 
@@ -173,7 +171,8 @@ def test_the_gradient_follows_what_the_objective_is_multiplied_with(batch):
         value, sums = chunked.objective(states, projection, project, *batch, config, IDS, weights=weights)
         return factor * value + sum(sums.values())  # the sums carry no gradient
 
-    once, thrice = (jax.grad(loss)(projection, factor) for factor in (1.0, 3.0))
+    gradient = jax.jit(jax.grad(loss))
+    once, thrice = (gradient(projection, factor) for factor in (1.0, 3.0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(3 * a, b, rtol=1e-6), once, thrice)
     assert any(np.asarray(g).any() for g in jax.tree.leaves(once))
 

@@ -89,8 +89,14 @@ def test_overlong_examples_are_listed_and_in_no_batch():
 
 def test_rows_are_a_multiple_and_too_small_a_budget_says_so():
     lengths = examples().lengths
-    plan = pipeline.BatchPlan(lengths, CONFIG, row_multiple=4)
-    assert plan.shapes == [(12, 8), (8, 12), (4, 16)]
+    plan, one = pipeline.BatchPlan(lengths, CONFIG, row_multiple=4), pipeline.BatchPlan(lengths, CONFIG)
+    assert one.shapes == [(12, 8), (8, 12), (6, 16)]
+    assert plan.shapes == [(12, 8), (8, 12), (8, 16)]
+    for step in range(2 * one.batches_per_epoch):  # the same examples, and fillers after them
+        ours, theirs = plan.batch(step), one.batch(step)
+        assert ours.length == theirs.length
+        np.testing.assert_array_equal(ours.indices[: len(theirs.indices)], theirs.indices)
+        assert (ours.indices[len(theirs.indices) :] == B.FILLER).all()
     with pytest.raises(
         DataError, match=r"batch\.tokens = 96 does not hold 8 rows .* raise it to 128 or more"
     ):
@@ -144,9 +150,7 @@ def test_any_number_of_hosts_sees_the_same_global_batches(hosts):
     whole = take(pipeline.train_batches(data, CONFIG, seed=2, row_multiple=4), 20)
     parts = [
         take(
-            pipeline.train_batches(
-                data, CONFIG, seed=2, row_multiple=4, process_index=p, process_count=hosts
-            ),
+            pipeline.train_batches(data, CONFIG, seed=2, row_multiple=4, part=((p,), hosts)),
             20,
         )
         for p in range(hosts)
@@ -175,12 +179,22 @@ def test_masks_belong_to_the_example_and_the_epoch():
     assert masks(CONFIG, steps, seed=1) != {i: m[:1] for i, m in two.items()}
 
 
-@pytest.mark.parametrize(("index", "count", "multiple"), [(2, 2, 2), (-1, 1, 1), (0, 2, 3)])
-def test_hosts_that_cannot_be(index, count, multiple):
-    with pytest.raises(ValueError, match="process"):
-        pipeline.train_batches(
-            examples(), CONFIG, seed=0, process_index=index, process_count=count, row_multiple=multiple
-        )
+def test_a_host_may_have_any_shares():
+    data = examples()
+    whole = take(pipeline.train_batches(data, CONFIG, seed=2, row_multiple=4), 20)
+    some = take(pipeline.train_batches(data, CONFIG, seed=2, row_multiple=4, part=((0, 3), 4)), 20)
+    for found, batch in zip(some, whole, strict=True):
+        for name, rows in batch.items():
+            first, *_, last = np.split(rows, 4)
+            np.testing.assert_array_equal(found[name], np.concatenate([first, last]), name)
+
+
+@pytest.mark.parametrize(
+    ("shares", "of", "multiple"), [((2,), 2, 2), ((-1,), 1, 1), ((0,), 2, 3), ((), 2, 2)]
+)
+def test_shares_that_cannot_be(shares, of, multiple):
+    with pytest.raises(ValueError, match="shares"):
+        pipeline.train_batches(examples(), CONFIG, seed=0, part=(shares, of), row_multiple=multiple)
 
 
 def test_evaluation_sees_every_example_once_in_order_of_length_with_the_same_masks():
@@ -191,10 +205,7 @@ def test_evaluation_sees_every_example_once_in_order_of_length_with_the_same_mas
     real = indices[indices >= 0]
     assert sorted(real) == list(range(100))
     assert (np.diff(data.lengths[real]) >= 0).all()
-    halves = [
-        list(pipeline.eval_batches(data, CONFIG, row_multiple=2, process_index=p, process_count=2))
-        for p in (0, 1)
-    ]
+    halves = [list(pipeline.eval_batches(data, CONFIG, row_multiple=2, part=((p,), 2))) for p in (0, 1)]
     assert_same([{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*halves, strict=True)], first)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from janus_jax import mesh
-from janus_jax.config import DecodeConfig, ModelConfig, SpecialIds
+from janus_jax.config import DecodeConfig, MeshConfig, ModelConfig, SpecialIds
 from janus_jax.decode.mask_predict import mean_log_prob
 from janus_jax.generate import Generator, with_options
 from janus_jax.models import Janus, init_params
@@ -247,7 +247,7 @@ def test_a_rescored_choice_is_the_best_candidate_by_its_ar_score(params, source)
 
 
 def test_eight_devices_are_one(params, source):
-    devices = mesh.make_mesh()
+    devices = mesh.make_mesh(MeshConfig())
     spread = mesh.global_batch(devices, {"source": source})["source"]
     there = jax.device_put(params, mesh.replicated(devices))
     assert_same(autoregressive(generator(), there, spread), autoregressive(generator(), params, source))

@@ -118,14 +118,47 @@ def test_four_micro_batches_are_one_batch(start, batch, updated):
     assert_same_update(train_step(start, batch, changed(train={"microbatches": 4})), updated)
 
 
-def test_eight_devices_are_one(start, batch, updated):
-    devices = mesh.make_mesh()
-    assert mesh.data_parallelism(devices) == 8
-    state = jax.device_put(start, mesh.replicated(devices))
-    state, metrics = train_step(state, mesh.global_batch(devices, batch), BASE)
+LAYOUTS = [{"data": 8}, {"fsdp": 8}, {"fsdp": 2, "tensor": 2}]
+
+
+def on_devices(state, batch, chosen, layout):
+    """One update with everything laid out on eight devices, compiled as training does."""
+    devices = mesh.make_mesh(config.MeshConfig(**layout))
+    shardings = mesh.state_shardings(devices, state)
+    state, batch = jax.device_put(state, shardings), mesh.global_batch(devices, batch)
+    update = jax.jit(
+        functools.partial(step.train_step, config=chosen),
+        out_shardings=(shardings, mesh.replicated(devices)),
+    )
+    with jax.set_mesh(devices):
+        return update.lower(state, batch).compile()(state, batch)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_eight_devices_are_one(start, batch, updated, layout, parts, capfd):
+    state, metrics = on_devices(start, batch, changed(train={"microbatches": parts}), layout)
     assert_same_update((state, metrics), updated)
     kernel = state.params["decoder"]["layers"]["ffn"]["rise"]["kernel"]
     assert len(kernel.sharding.device_set) == 8
+    pieces = layout.get("fsdp", 1) * layout.get("tensor", 1)
+    assert kernel.addressable_shards[0].data.size * pieces == kernel.size
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("objective", ["ar", "cmlm", "rdrop"])
+def test_every_objective_on_eight_devices(start, batch, objective):
+    chosen = changed(loss={"objective": objective})
+    assert_same_update(
+        on_devices(start, batch, chosen, {"fsdp": 2, "tensor": 2}), train_step(start, batch, chosen)
+    )
+
+
+def test_dropout_is_the_same_on_eight_devices(start, batch):
+    noisy = changed(model=DROPOUT)
+    assert_same_update(
+        on_devices(start, batch, noisy, {"fsdp": 2, "tensor": 2}), train_step(start, batch, noisy)
+    )
 
 
 def test_filler_rows_are_nothing(start, updated):

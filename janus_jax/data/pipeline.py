@@ -3,10 +3,11 @@
 `BatchPlan` decides which examples make up which batch.  Examples of similar length share a bucket,
 and a bucket has one shape, so there are as few shapes as buckets:
 
-  batch.tokens = 2048, row_multiple = 4, buckets (16, 24, 32)  ->  128 x 16, 84 x 24, 64 x 32
+  batch.tokens = 2048, buckets (16, 24, 32)  ->  128 x 16, 85 x 24, 64 x 32
 
-Every epoch has the same number of batches and holds every example exactly once.  Neither the number
-of hosts nor a resume changes a global batch: host p reads its part of the rows of each.
+Every epoch has the same number of batches and holds every example exactly once.  Which examples a
+batch holds depends on no device: where its rows do not divide over devices and micro-batches, filler
+rows make up the rest (88 x 24 for eight).  Each host reads its shares of the rows of each batch.
 
 Letters: N examples, B rows of a global batch.
 Room: host memory, through `encoded`; starts the reading threads.
@@ -15,7 +16,7 @@ Room: host memory, through `encoded`; starts the reading threads.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -26,6 +27,7 @@ from janus_jax.config import BatchConfig
 from janus_jax.data.encoded import EncodedSource
 from janus_jax.data.lines import DataError
 
+WHOLE = ((0,), 1)  # all rows of a batch as one share
 _ENDLESS = 1 << 40  # steps a training source claims to have
 _EVAL_SEED = 0  # dev losses of different runs draw the same masks
 
@@ -42,7 +44,7 @@ class BatchPlan:
     """The assignment of N examples to batches, for every epoch of one seed.
 
     Attributes:
-      shapes: (rows, length) of each bucket that has examples.
+      shapes: (rows, length) of each bucket that has examples; the rows count fillers.
       batches_per_epoch: the same in every epoch.
       overlong: numbers of the examples longer than the last bucket, which are in no batch.
     """
@@ -62,7 +64,7 @@ class BatchPlan:
           lengths: of all examples, with BOS and EOS.
           config: buckets and token budget.
           seed: of the order of examples and batches.
-          row_multiple: devices x micro-batches; it divides the rows of every batch.
+          row_multiple: devices x micro-batches; it divides the rows of every batch, fillers counted.
           shuffle: False keeps the order of length, the same in every epoch.
 
         Raises:
@@ -75,28 +77,29 @@ class BatchPlan:
         bucket_of = np.searchsorted(buckets, lengths[order])
         self.overlong = np.sort(order[bucket_of == len(buckets)])
         self._members: list[np.ndarray] = []
+        self._rows: list[int] = []  # of each bucket, without fillers
         self.shapes: list[tuple[int, int]] = []
         for bucket, length in enumerate(config.buckets):
             members = order[bucket_of == bucket]
-            rows = config.tokens // length // row_multiple * row_multiple
-            if len(members) and not rows:
+            rows = config.tokens // length
+            if len(members) and rows < row_multiple:
                 raise DataError(
                     f"batch.tokens = {config.tokens} does not hold {row_multiple} rows (devices x "
                     f"micro-batches) of length {length}: raise it to {row_multiple * length} or more"
                 )
             if len(members):
                 self._members.append(members)
-                self.shapes.append((rows, length))
+                self._rows.append(rows)
+                self.shapes.append((-(-rows // row_multiple) * row_multiple, length))
         if not self.shapes:
             raise DataError(
                 f"none of {len(lengths)} examples fits into the largest of batch.buckets "
                 f"({config.buckets[-1]})"
             )
-        # Batches in plan order, bucket after bucket: the bucket of each, and where its rows start.
-        counts = [-(-len(m) // rows) for m, (rows, _) in zip(self._members, self.shapes, strict=True)]
+        # Batches in plan order, bucket after bucket: the bucket of each, and where its rows end.
+        counts = [-(-len(m) // rows) for m, rows in zip(self._members, self._rows, strict=True)]
         self._bucket = np.repeat(np.arange(len(counts)), counts)
-        rows_of = np.array([rows for rows, _ in self.shapes])
-        self._end = np.cumsum(rows_of[self._bucket])
+        self._end = np.cumsum(np.array(self._rows)[self._bucket])
         self.batches_per_epoch = len(self._bucket)
         self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
 
@@ -105,9 +108,11 @@ class BatchPlan:
         epoch, place = divmod(step, self.batches_per_epoch)
         slots, order = self._epoch(epoch if self._shuffle else 0)
         number = order[place]
-        rows, length = self.shapes[self._bucket[number]]
-        end = self._end[number]
-        return PlannedBatch(epoch, length, slots[end - rows : end])
+        bucket, end = self._bucket[number], self._end[number]
+        rows, length = self.shapes[bucket]
+        indices = np.full(rows, FILLER, np.int64)
+        indices[: self._rows[bucket]] = slots[end - self._rows[bucket] : end]
+        return PlannedBatch(epoch, length, indices)
 
     def padding(self) -> dict[int, float]:
         """{length: share of the slots of one side of its batches that hold no token}.
@@ -124,7 +129,7 @@ class BatchPlan:
         rng = np.random.default_rng((self._seed, epoch))
         slots = np.full(self._end[-1], FILLER, np.int64)
         start = 0
-        for bucket, (members, (rows, _)) in enumerate(zip(self._members, self.shapes, strict=True)):
+        for bucket, (members, rows) in enumerate(zip(self._members, self._rows, strict=True)):
             slots[start : start + len(members)] = rng.permutation(members) if self._shuffle else members
             start += rows * int((self._bucket == bucket).sum())
         order = np.arange(self.batches_per_epoch)
@@ -137,8 +142,7 @@ def train_batches(
     *,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: tuple[Sequence[int], int] = WHOLE,
     row_multiple: int = 1,
 ) -> Iterator[Batch]:
     """The training batches of this host from `start_step` on, without end.
@@ -148,19 +152,15 @@ def train_batches(
       config: buckets, token budget, corruption, reading threads.
       seed: of order and corruption.
       start_step: the first batch, as in an uninterrupted run.
-      process_index: which host this is, of `process_count`; its rows are a contiguous part.
-      process_count: hosts; it must divide `row_multiple`.
+      part: (which shares of the rows this host reads, of how many); their number divides `row_multiple`.
       row_multiple: devices x micro-batches.
 
     Raises:
       DataError: see `BatchPlan`.
-      ValueError: `process_count` does not divide `row_multiple`.
+      ValueError: shares that there are not, or that do not divide `row_multiple`.
     """
     plan = BatchPlan(examples.lengths, config, seed=seed, row_multiple=row_multiple)
-    source = _Batches(
-        examples, plan, config, seed, TRAIN_STREAM, _ENDLESS, _part(process_index, process_count)
-    )
-    _check_hosts(process_count, row_multiple)
+    source = _Batches(examples, plan, config, seed, TRAIN_STREAM, _ENDLESS, _checked(part, row_multiple))
     return _read(source, config, start_step)
 
 
@@ -168,8 +168,7 @@ def eval_batches(
     examples: EncodedSource,
     config: BatchConfig,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: tuple[Sequence[int], int] = WHOLE,
     row_multiple: int = 1,
 ) -> Iterator[Batch]:
     """One pass in order of length, every example that fits a bucket exactly once.
@@ -178,9 +177,8 @@ def eval_batches(
     Arguments and errors as in `train_batches`; `BatchPlan(...).overlong` lists what does not fit.
     """
     plan = BatchPlan(examples.lengths, config, row_multiple=row_multiple, shuffle=False)
-    part = _part(process_index, process_count)
-    source = _Batches(examples, plan, config, _EVAL_SEED, EVAL_STREAM, plan.batches_per_epoch, part)
-    _check_hosts(process_count, row_multiple)
+    checked = _checked(part, row_multiple)
+    source = _Batches(examples, plan, config, _EVAL_SEED, EVAL_STREAM, plan.batches_per_epoch, checked)
     return _read(source, config, 0)
 
 
@@ -195,7 +193,7 @@ class _Batches:
         seed: int,
         stream: int,
         steps: int,
-        part: tuple[int, int],
+        part: tuple[Sequence[int], int],
     ) -> None:
         self._examples, self._plan, self._config = examples, plan, config
         self._seed, self._stream, self._steps, self._part = seed, stream, steps, part
@@ -205,11 +203,10 @@ class _Batches:
 
     def __getitem__(self, step: int) -> Batch:
         planned = self._plan.batch(step)
-        host, hosts = self._part
-        rows = len(planned.indices) // hosts
-        mine = planned.indices[host * rows : (host + 1) * rows]
-        examples = [self._example(planned.epoch, int(i)) for i in mine if i != FILLER]
-        return assemble(examples, rows, planned.length, self._examples.ids.pad)
+        shares, of = self._part
+        mine = planned.indices.reshape(of, -1)[list(shares)].ravel()
+        examples = [None if i == FILLER else self._example(planned.epoch, int(i)) for i in mine]
+        return assemble(examples, len(mine), planned.length, self._examples.ids.pad)
 
     def _example(self, epoch: int, index: int) -> Example:
         target = self._examples.target(index)
@@ -218,15 +215,11 @@ class _Batches:
         return Example(index, self._examples.source(index), target, masked)
 
 
-def _part(process_index: int, process_count: int) -> tuple[int, int]:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}")
-    return process_index, process_count
-
-
-def _check_hosts(process_count: int, row_multiple: int) -> None:
-    if row_multiple % process_count:
-        raise ValueError(f"row_multiple ({row_multiple}) must be a multiple of the {process_count} processes")
+def _checked(part: tuple[Sequence[int], int], row_multiple: int) -> tuple[Sequence[int], int]:
+    shares, of = part
+    if not shares or not all(0 <= share < of for share in shares) or row_multiple % of:
+        raise ValueError(f"shares {list(shares)} of {of} of rows that are a multiple of {row_multiple}")
+    return part
 
 
 def _read(source: _Batches, config: BatchConfig, start: int) -> Iterator[Batch]:

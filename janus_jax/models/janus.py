@@ -33,6 +33,7 @@ from janus_jax.models.transformer import (
     sinusoidal_positions,
     stack,
 )
+from janus_jax.sharding import ROWS, TENSOR, constrain
 
 Params = dict[str, Any]
 
@@ -68,6 +69,7 @@ def project(projection: Projection, states: jax.Array) -> jax.Array:
 def output_projection(params: Params, config: ModelConfig) -> Projection:
     """Where the output projection is in the parameters."""
     table = params["target_table" if config.tie_output else "output_table"]
+    table = constrain(table, TENSOR)  # brought together over fsdp once, not chunk by chunk
     return Projection(table, params["output_bias"] if config.output_bias else None)
 
 
@@ -212,7 +214,7 @@ class Janus(nn.Module):
         """Target-length logits from the mean of the real source states: [B, S, D] -> [B, C] float32."""
         weight = source_mask[:, 0, :, None].astype(jnp.float32)
         mean = jnp.sum(encoded * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
-        return mean @ self.length_table.T
+        return mean @ constrain(self.length_table).T
 
     def ar_step(
         self, tokens: jax.Array, index: jax.Array, content: KeysValues, memory: Memory
@@ -273,7 +275,9 @@ class Janus(nn.Module):
 
     def _rows(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """Token ids [..] -> embeddings [.., D]."""
-        rows = jnp.take(table, tokens, axis=0).astype(jnp.dtype(self.config.dtype))
+        rows = jnp.take(constrain(table, TENSOR), tokens, axis=0).astype(jnp.dtype(self.config.dtype))
+        if tokens.ndim:  # else a single symbol's
+            rows = constrain(rows, ROWS)
         return rows * self.config.dim**0.5 if self.config.scale_embeddings else rows
 
 
@@ -296,10 +300,10 @@ class _Input(nn.Module):
         c = self.config
         if c.positions == "learned":
             table = self.param("positions", NORMAL, (c.max_positions, c.dim))
-            places = jnp.take(table, positions, axis=0)
+            places = jnp.take(constrain(table), positions, axis=0)
         else:
             places = sinusoidal_positions(positions, c.dim)
-        x = tokens + places.astype(tokens.dtype)
+        x = constrain(tokens + places.astype(tokens.dtype), ROWS)
         if c.embed_norm:
             x = nn.LayerNorm(epsilon=c.norm_eps, dtype=x.dtype, name="norm")(x)
         if c.dropout and self.has_rng("dropout"):

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from janus_jax.config import ModelConfig
+from janus_jax.sharding import ROWS, TENSOR, constrain
 
 NORMAL = nn.initializers.normal(0.02)  # BERT's initialisation, for every matrix and table
 HIDDEN = jnp.finfo(jnp.float32).min  # finite: a row that sees nothing yields a mean, not NaN
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         self.drop = _dropout(self, self.config.attention_dropout)
 
     def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.config.heads, -1)
+        return constrain(x.reshape(*x.shape[:-1], self.config.heads, -1), ROWS, None, TENSOR)
 
     def keys_values(self, x: jax.Array) -> KeysValues:
         """[.., D] -> keys and values, [.., H, K] each."""
@@ -115,7 +116,7 @@ class FeedForward(nn.Module):
         """[.., D] -> [.., D]."""
         gelu = functools.partial(jax.nn.gelu, approximate=False)
         activation = jax.nn.relu if self.config.activation == "relu" else gelu
-        return self.fall(self.drop(activation(self.rise(x))))
+        return self.fall(self.drop(activation(constrain(self.rise(x), ROWS, None, TENSOR))))
 
 
 class _Layer(nn.Module):
@@ -125,8 +126,8 @@ class _Layer(nn.Module):
 
     def _residual(self, x: jax.Array, norm: nn.Module, f: Callable[[jax.Array], jax.Array]) -> jax.Array:
         if self.config.norm == "pre":
-            return x + self.drop(f(norm(x)))
-        return norm(x + self.drop(f(x)))
+            return constrain(x + self.drop(f(norm(x))), ROWS)
+        return constrain(norm(x + self.drop(f(x))), ROWS)
 
 
 class EncoderLayer(_Layer):
