@@ -14,6 +14,8 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@if command -v shellcheck >/dev/null; then echo "shellcheck launch"; shellcheck -x launch/*.sh launch/tables/*.sh .ci/run; \
+	else echo "shellcheck is not installed: the shell scripts were not checked" >&2; fi
 
 types: $(READY)
 	$(BIN)/mypy
