@@ -22,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.max_positions = 128
     config.model.dropout = 0.3
     config.model.dtype = "bfloat16"
+    config.loss.chunk = 1024
     config.optim.lr = 1e-3
     config.optim.warmup_steps = 2000
     config.train.steps = 20_000
