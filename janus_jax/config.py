@@ -190,6 +190,8 @@ class MeshConfig:
     data: int = -1  # replicas, across slices first; -1 means all devices that the other axes leave
     fsdp: int = 1  # devices that share rows as well as parameters and optimiser state
     tensor: int = 1  # devices that share heads, ffn width and vocabulary of the same rows
+    startup_timeout: int = 300  # seconds to wait for the other processes to come
+    heartbeat_timeout: int = 100  # seconds without a sign of life after which a process counts as dead
 
 
 @dataclass(frozen=True)
@@ -375,6 +377,7 @@ def _faults(c: Config) -> Iterator[str]:
     if c.model.heads > 0 and c.model.dim % c.model.heads:
         yield f"model.heads ({c.model.heads}) must divide model.dim ({c.model.dim})"
     yield from at_least(1, "mesh.fsdp", "mesh.tensor", "batch.device_tokens")
+    yield from at_least(1, "mesh.startup_timeout", "mesh.heartbeat_timeout")
     for axis, key in (
         *((c.mesh.tensor, key) for key in ("model.heads", "model.ffn", "model.vocab_size")),
         (c.mesh.fsdp, "model.dim"),

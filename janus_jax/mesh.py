@@ -1,8 +1,8 @@
-"""Devices: the mesh, how arrays lie on it, who runs along, and what there is to know about the machine.
+"""Devices: the mesh, how arrays lie on it, and what there is to know about the machine.
 
 The axes of the mesh and the rules of what is cut over which are in `sharding`; here they meet devices.
 
-Room: devices; the only one that asks jax for devices or process numbers.  Imports sharding and config.
+Room: devices; the only one besides processes that asks jax for devices.  Imports sharding and config.
 Letters: B rows of the global batch.
 """
 
@@ -220,21 +220,6 @@ def _path(path: tuple[Any, ...]) -> str:
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def process_index() -> int:
-    """The number of this process, from 0."""
-    return jax.process_index()
-
-
-def process_count() -> int:
-    """How many processes run together."""
-    return jax.process_count()
-
-
-def is_main() -> bool:
-    """Whether this process is the one that prints and writes reports."""
-    return jax.process_index() == 0
 
 
 def device_kind() -> str:

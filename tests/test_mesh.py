@@ -164,8 +164,7 @@ def test_sums_over_the_cut_batch_are_those_of_one_device():
     assert int(jax.jit(jnp.sum)(many)) == int(jax.jit(jnp.sum)(one)) == rows["x"].sum()
 
 
-def test_processes_and_devices():
-    assert (mesh.process_index(), mesh.process_count(), mesh.is_main()) == (0, 1, True)
+def test_devices():
     assert mesh.device_kind() == "cpu"
     assert mesh.device_memory_stats() == {}
 
