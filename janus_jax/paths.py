@@ -72,11 +72,12 @@ def as_path(name: Name) -> AnyPath:
     from etils import epath
 
     protocol = text.partition("://")[0]
-    path = epath.Path(text)
-    if not os.fspath(path).startswith(f"{protocol}://"):
+    try:
+        path = epath.Path(text)
+    except KeyError:
         raise PathError(
             f"{text}: {protocol}:// is not supported; use a local folder or {RUNS}://bucket/folder"
-        )
+        ) from None
     _check_installed(protocol, text)
     return path
 
@@ -97,12 +98,13 @@ def check_run(folder: AnyPath) -> None:
 
 def _check_installed(protocol: str, url: str) -> None:
     import fsspec
+    from fsspec.registry import known_implementations
 
     inner = "gcs" if protocol == "gs" else protocol  # the name that epath asks fsspec for
     try:
         kind = fsspec.get_filesystem_class(inner)
     except (ImportError, ValueError) as error:
-        known = fsspec.registry.known_implementations.get(inner, {}).get("class", inner)
+        known = known_implementations.get(inner, {}).get("class", inner)
         package = known.partition(".")[0]
         extra = EXTRAS.get(protocol)
         what = f"'janus-jax[{extra}]'" if extra else f"fsspec {package}"
