@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -111,6 +112,9 @@ def _check_installed(protocol: str, url: str) -> None:
         raise PathError(
             f"{url}: {protocol}:// needs the package {package}: pip install {what} ({error})"
         ) from error
+    log = logging.getLogger(kind.__module__.partition(".")[0])
+    if log.level == logging.NOTSET:  # pages about tries and errors; what matters in them is raised as well
+        log.setLevel(logging.CRITICAL)
     # Others write there too (TensorStore, other hosts): a remembered listing would be a wrong one.
     names = {inner, *([kind.protocol] if isinstance(kind.protocol, str) else kind.protocol)}
     for name in names:
@@ -194,6 +198,7 @@ def lease(
 
     Raises:
       LeaseError: another process holds it; names who, and how to remove the file if that is wrong.
+      PathError: nothing can be written there.
     """
     mine = {
         "host": socket.gethostname(),
@@ -292,4 +297,9 @@ def _create(path: AnyPath, content: bytes) -> bool:
         system.pipe_file(inner, content, mode="create")
     except FileExistsError:
         return False
+    except OSError as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PathError(
+            f"cannot write to {path.parent} ({reason}): does the bucket exist, and may you write there?"
+        ) from error
     return True

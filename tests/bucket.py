@@ -34,18 +34,18 @@ class Store(fsspec.AbstractFileSystem):
 
     protocol = ("gcs", "gs")
     objects: ClassVar[dict[str, tuple[bytes, int]]] = {}  # content, generation
-    puts: ClassVar[list[str]] = []  # names in the order in which they were written
     generations = itertools.count(1)
     lock = threading.RLock()
 
     @classmethod
     def put(cls, name: str, content: bytes, generation: str | None = None) -> int | None:
         """Writes an object, if its generation is that one ("0": if there is none); None if it is not."""
+        if not name.startswith(URL.removeprefix("gs://") + "/"):
+            raise FileNotFoundError(name)
         with cls.lock:
             if generation is not None and cls.objects.get(name, (b"", 0))[1] != int(generation):
                 return None
             cls.objects[name] = (content, next(cls.generations))
-            cls.puts.append(name)
             return cls.objects[name][1]
 
     def info(self, path, **_):
@@ -192,7 +192,6 @@ def served() -> Iterator[type[Store]]:
     environment = dict(os.environ)
     classes = dict(_registry)
     Store.objects.clear()
-    Store.puts.clear()
     try:
         sys.modules.update(modules)
         os.environ |= {"TENSORSTORE_GCS_HTTP_URL": address, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none"}

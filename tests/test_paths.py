@@ -154,6 +154,16 @@ def test_the_lease_of_a_killed_process_is_taken_over(left, folder, impatient, ca
     assert not (folder / run.LOCK).exists()
 
 
+def test_a_bucket_that_does_not_exist(store, capsys):
+    url = "gs://another/run"
+    with pytest.raises(
+        PathError, match=rf"cannot write to {url} \(FileNotFoundError: .*does the bucket exist"
+    ):
+        train.train(tiny(), url)
+    assert cli.main(["translate", f"--workdir={url}", f"--input={__file__}"]) == 1
+    assert f"{url} is not a run directory" in capsys.readouterr().err
+
+
 def test_who_ends_while_another_waits_makes_room(folder, impatient):
     path = folder / run.LOCK
     path.write_bytes(b"{}")
@@ -350,13 +360,16 @@ def test_a_remote_run_is_complete_and_leaves_nothing_else(trained):
     assert {9, STEPS} <= set(steps) <= {6, 9, STEPS}  # the newest two and the best
 
 
-def test_rows_are_in_the_store_before_the_checkpoint_of_their_step(store, trained):
-    puts = [name.removeprefix("bucket/experiments/run/") for name in store.puts]
-    for step in (3, 6, 9, STEPS):
-        first = puts.index(f"checkpoints/{step}/_CHECKPOINT_METADATA")
-        assert "metrics.jsonl" in puts[:first]
-        last = max(i for i, name in enumerate(puts[:first]) if name == "metrics.jsonl")
-        assert not [name for name in puts[last:first] if name.startswith("checkpoints/") and "commit" in name]
+def test_rows_are_in_the_store_before_the_checkpoint_of_their_step(folder, monkeypatch):
+    save, found = checkpoint.Checkpoints.save, {}
+
+    def watched(self, step, *args):
+        found[step] = max(row["step"] for row in report.read_metrics(folder))
+        return save(self, step, *args)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", watched)
+    assert train.train(tiny(train__steps=7), folder) == train.DONE
+    assert found == {3: 3, 6: 6, 7: 7}
 
 
 def test_every_verb_works_on_it_from_another_machine(trained, tmp_path, monkeypatch, capsys):
