@@ -20,7 +20,6 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +33,8 @@ from janus_jax.data.pipeline import train_batches
 from janus_jax.data.sources import open_split
 from janus_jax.engine import Engine, Report
 from janus_jax.generate import Generator, with_options
+from janus_jax.paths import AnyPath
+from janus_jax.prepare import bring_data
 from janus_jax.step import init_state, train_step
 
 UPDATES = 10
@@ -48,7 +49,7 @@ SYSTEMS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 
 
-def bench(config: Config, workdir: Path | None) -> int:
+def bench(config: Config, workdir: AnyPath | None) -> int:
     """Prints both tables; writes them to `workdir`/bench.json where there is a run.
 
     Args:
@@ -56,6 +57,8 @@ def bench(config: Config, workdir: Path | None) -> int:
       workdir: a run with checkpoints, whose weights and test sentences are used; None for random weights.
     """
     opened = run.open_run(workdir) if workdir else None
+    if opened:
+        bring_data(config, opened.folder)
     subject = f"{workdir}, trained weights" if workdir else "random weights, outputs as long as the source"
     trained = training(config, opened)
     report.table(f"one update: {subject}", list(trained), [list(trained.values())])

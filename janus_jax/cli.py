@@ -34,10 +34,12 @@ from ml_collections import config_flags
 
 import janus_jax
 from janus_jax import config as configuration
+from janus_jax import paths
 from janus_jax.config import Config, ConfigError, DecodeConfig
+from janus_jax.paths import CACHE, AnyPath, as_path
 
 PROGRAM = "janus-jax"
-DEBUG, CACHE = "JANUS_JAX_DEBUG", "JANUS_JAX_CACHE"
+DEBUG = "JANUS_JAX_DEBUG"
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 
 
@@ -82,6 +84,8 @@ def explain(error: Exception) -> str | None:
     """What to tell the user about an expected error; None for one that is a defect of the program."""
     if type(error).__module__.partition(".")[0] == janus_jax.__name__:
         return str(error)
+    if (message := paths.explain(error)) is not None:
+        return message
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -124,11 +128,12 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _evaluate(args: argparse.Namespace, _: Overrides) -> int:
-    from janus_jax import evaluate, run
+    from janus_jax import evaluate, prepare, run
     from janus_jax.translator import Translator
 
     use_compilation_cache()
     opened = run.open_run(args.workdir)
+    prepare.bring_data(opened.config, opened.folder)
     translator = Translator.from_run(args.workdir, args.checkpoint)
     modes = args.decode or translator.modes
     options = {mode: _options_for(mode, modes, args) for mode in modes}
@@ -246,12 +251,14 @@ JANUS: one Transformer that writes autoregressively (ar) and non-autoregressivel
   janus-jax translate --workdir=runs/m30k --decode=nar < source.txt > target.txt
 
 A run directory (--workdir) holds everything there is to a run: configuration, vocabulary, data,
-metrics, checkpoints, scores.  `janus-jax VERB --help` tells what a verb reads and writes.
+metrics, checkpoints, scores.  It may be gs://bucket/folder, but for the
+data, which then stay on each machine.  `janus-jax VERB --help` tells what a verb reads and writes.
 """
 
 EPILOG = """\
 environment:
-  JANUS_JAX_CACHE   where compiled programs are kept (default ~/.cache/janus_jax; "" for nowhere)
+  JANUS_JAX_CACHE   where compiled programs are kept (default ~/.cache/janus_jax; "" for nowhere), and
+                    the data of runs on gs://
   JANUS_JAX_DEBUG   1 shows the traceback of every error
 
 exit codes: 0 done, 1 failed, 2 not understood, 75 training stopped on request and saved
@@ -492,15 +499,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="draw the first N examples pass by pass, as refinement-1.png and so on",
     )
     flags_.add_argument(
-        "--output_dir", type=Path, metavar="DIR", help="where to write (default: WORKDIR/eval)"
+        "--output_dir", type=as_path, metavar="DIR", help="where to write (default: WORKDIR/eval)"
     )
     _add_decoding(flags_)
     flags_ = verb("translate", _translate, TRANSLATE)
     _add_workdir(flags_, required=True)
     flags_.add_argument(
-        "--input", type=Path, metavar="FILE", help="text to translate (default: standard input)"
+        "--input", type=as_path, metavar="FILE", help="text to translate (default: standard input)"
     )
-    flags_.add_argument("--output", type=Path, metavar="FILE", help="translations (default: standard output)")
+    flags_.add_argument(
+        "--output", type=as_path, metavar="FILE", help="translations (default: standard output)"
+    )
     flags_.add_argument(
         "--decode", type=_mode, metavar="MODE", help="ar or nar (default: ar if the run has it)"
     )
@@ -521,7 +530,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         metavar="DIR,...",
         help="run directories",
     )
-    flags_.add_argument("--output", type=Path, metavar="FILE", help="the picture")
+    flags_.add_argument("--output", type=as_path, metavar="FILE", help="the picture")
     with_config("demo", _demo, DEMO)
     return top, verbs
 
@@ -544,7 +553,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_workdir(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    parser.add_argument("--workdir", type=Path, required=required, metavar="DIR", help="the run directory")
+    text = "the run directory: a folder, or gs://bucket/folder"
+    parser.add_argument("--workdir", type=as_path, required=required, metavar="DIR", help=text)
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -578,8 +588,8 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
             group.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
 
 
-def _folders(text: str) -> list[Path]:
-    return [Path(part) for part in text.split(",") if part] or [Path()]
+def _folders(text: str) -> list[AnyPath]:
+    return [as_path(part) for part in text.split(",") if part] or [Path()]
 
 
 def _boolean(text: str) -> bool:
@@ -614,7 +624,7 @@ def _modes(text: str) -> list[str]:
 # -- configuration --------------------------------------------------------------------------------
 
 
-def resolve_config(file: Path | None, workdir: Path | None, overrides: Overrides) -> Config:
+def resolve_config(file: Path | None, workdir: AnyPath | None, overrides: Overrides) -> Config:
     """The configuration: from `file`, else from `workdir`'s config.json; then the overrides.
 
     Raises:

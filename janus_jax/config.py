@@ -51,7 +51,8 @@ class DataConfig:
     train_split: str = "train"
     dev_split: str = "val"
     test_split: str = "test_2016_flickr"
-    dir: str = ""  # where prepared data lies; "" means <workdir>/data
+    dir: str = ""  # where prepared data lies, a local folder; "" means <workdir>/data, or for a workdir on
+    # gs:// a folder below ~/.cache/janus_jax/data ($JANUS_JAX_CACHE) on each machine
     raw_dir: str = ""  # folder of the raw files, for sets read from one; "" means download
     size: int = 0  # training pairs to use (phrases: to generate); 0 means all (phrases: its default)
 

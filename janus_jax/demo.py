@@ -15,12 +15,11 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from janus_jax import report, run
+from janus_jax import paths, report, run
 from janus_jax.config import Config
 from janus_jax.evaluate import Evaluation, evaluate
 from janus_jax.score import is_exact
@@ -47,7 +46,7 @@ class Refinement:
         return sum(a != b for x, y in itertools.pairwise(tokens) for a, b in zip(x, y, strict=True))
 
 
-def demo(config: Config, workdir: str | Path, console: Console | None = None) -> int:
+def demo(config: Config, workdir: paths.Name, console: Console | None = None) -> int:
     """Trains `config` in `workdir`, decodes its test split both ways and shows what came out.
 
     Args:
@@ -61,7 +60,7 @@ def demo(config: Config, workdir: str | Path, console: Console | None = None) ->
     Raises:
       Whatever `train.train`, `Translator.from_run` and `evaluate.evaluate` raise.
     """
-    workdir, console, start = Path(workdir), console or Console(), time.perf_counter()
+    workdir, console, start = paths.as_path(workdir), console or Console(), time.perf_counter()
     data = config.data
     console.print(
         f"Train a small JANUS on {data.name} ({data.source} -> {data.target}), one model for both ways\n"
@@ -177,7 +176,7 @@ def print_sentences(sentences: Sequence[dict[str, Any]], console: Console) -> No
             console.print(f"{label:<15} {text}{remark}", markup=False, highlight=False, soft_wrap=True)
 
 
-def epilogue(workdir: Path, seconds: float) -> str:
+def epilogue(workdir: paths.AnyPath, seconds: float) -> str:
     """Where everything lies, and what to try next."""
     return f"""\
 Done in {report.clock_time(seconds)}.

@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +22,7 @@ from rich.console import Console
 from janus_jax import mesh, report, score
 from janus_jax.config import DecodeConfig
 from janus_jax.data.sources import open_split
+from janus_jax.paths import AnyPath
 from janus_jax.run import Run
 from janus_jax.translate import cut_messages, output
 from janus_jax.translator import Translator
@@ -91,7 +91,7 @@ def evaluate(
     checkpoint: str = "best",
     limit: int = 0,
     batch_size: int | None = None,
-    folder: Path | None = None,
+    folder: AnyPath | None = None,
     **options: Any,
 ) -> Evaluation:
     """Decodes `split`, scores it and writes both files.
@@ -151,8 +151,8 @@ def evaluate(
 
 
 def draw_refinements(
-    translator: Translator, sources: Sequence[str], folder: Path, **options: Any
-) -> list[Path]:
+    translator: Translator, sources: Sequence[str], folder: AnyPath, **options: Any
+) -> list[AnyPath]:
     """Pictures of how mask-predict writes each of `sources`: `folder`/refinement-1.png and so on.
 
     A blank source has none.

@@ -15,12 +15,14 @@ from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
+from janus_jax import paths
 from janus_jax.config import Config
 from janus_jax.data import encoded, sources
 from janus_jax.data.catalogue import Progress
 from janus_jax.data.encoded import EncodedSource
 from janus_jax.data.pipeline import BatchPlan
 from janus_jax.data.sources import DatasetReport
+from janus_jax.paths import AnyPath
 from janus_jax.text import INFO_FILE, MODEL_FILE, Vocabulary, VocabularyError
 
 
@@ -34,12 +36,23 @@ class Prepared:
     fresh: tuple[str, ...]
 
 
-def data_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+def data_folder(config: Config, workdir: AnyPath) -> pathlib.Path:
     """Where the prepared data of a run lie."""
-    return pathlib.Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
+    return paths.data_folder(config.data.dir, workdir)
 
 
-def load_split(config: Config, workdir: pathlib.Path, vocabulary: Vocabulary, split: str) -> EncodedSource:
+def bring_data(config: Config, workdir: AnyPath) -> None:
+    """Makes the data set on this machine if the run is remote, and so was prepared on another one.
+
+    Raises:
+      DataError: as `prepare`.
+    """
+    if paths.is_remote(workdir):
+        with _bars() as progress:
+            sources.prepare_dataset(config.data, data_folder(config, workdir), progress)
+
+
+def load_split(config: Config, workdir: AnyPath, vocabulary: Vocabulary, split: str) -> EncodedSource:
     """A prepared split as token ids, encoded now if it is not yet.
 
     Raises:
@@ -49,7 +62,7 @@ def load_split(config: Config, workdir: pathlib.Path, vocabulary: Vocabulary, sp
     return encoded.encode_split(sources.open_split(config.data, folder, split), vocabulary, folder)
 
 
-def prepare(config: Config, workdir: pathlib.Path, console: Console | None = None) -> Prepared:
+def prepare(config: Config, workdir: AnyPath, console: Console | None = None) -> Prepared:
     """Makes what training needs: the data set, `workdir`'s vocabulary, and the encoded splits.
 
     Args:
@@ -87,7 +100,7 @@ def prepare(config: Config, workdir: pathlib.Path, console: Console | None = Non
     return prepared
 
 
-def _existing_vocabulary(config: Config, workdir: pathlib.Path) -> Vocabulary | None:
+def _existing_vocabulary(config: Config, workdir: AnyPath) -> Vocabulary | None:
     """The vocabulary in `workdir`, or None if it has none; an error if it is another one."""
     if not ((workdir / MODEL_FILE).exists() and (workdir / INFO_FILE).exists()):
         return None  # half a vocabulary is what a killed run left: it is made again

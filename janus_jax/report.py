@@ -12,7 +12,7 @@ A metrics file `metrics.jsonl` has one row per line,
 where `metrics` is a function of (config, data, seed) alone, bit for bit, and `timing` is whatever the
 clock said.  Kinds: `train`, `dev`, and `event` for what happened to the process.
 
-Room: [disk, clock].  Imports nothing of ours.
+Room: [disk, clock].  Imports paths.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import os
 import pathlib
 import platform
 import resource
+import shutil
 import sys
 import textwrap
 import time
@@ -43,6 +44,9 @@ import rich.table
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
+
+from janus_jax import paths
+from janus_jax.paths import AnyPath
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +85,10 @@ class MetricsWriter:
     Each row has reached the operating system when `write` returns, so kill -9 loses none.  On resume,
     rows after `resume_step` and a half-written last line are dropped in one atomic step: the file of an
     interrupted run ends up with the `metrics` of an uninterrupted one.  For that, write the rows of step
-    k before the checkpoint of step k.
+    k, and `flush`, before the checkpoint of step k.
+
+    Where `folder` is a URL, the files grow in a cache of this machine and are uploaded whole by `flush`:
+    object stores have no append.  What kill -9 loses there lies after the last checkpoint.
     """
 
     def __init__(self, folder: Path, tensorboard: bool = True, resume_step: int = -1) -> None:
@@ -90,15 +97,23 @@ class MetricsWriter:
         Raises:
           ReportError: the folder cannot be written, or the file there is damaged before its last line.
         """
-        self._path = pathlib.Path(folder) / METRICS_FILE
+        self._home = paths.as_path(folder)
+        self._remote = paths.is_remote(self._home)
+        local = paths.cache_folder(folder, "metrics") if self._remote else pathlib.Path(folder)
+        self._path = local / METRICS_FILE
         self._events: _EventFile | None = None
-        with _clear_errors(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+        with _clear_errors(self._home / METRICS_FILE):
+            local.mkdir(parents=True, exist_ok=True)
+            if self._remote:
+                self._fetch()
             if self._path.exists():
                 _keep_until(self._path, resume_step)
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, closed by `close`
             if tensorboard:
-                self._events = _EventFile(self._path.parent / TENSORBOARD_FOLDER, resume_step)
+                others = self._home / TENSORBOARD_FOLDER
+                restarted = others.is_dir() and any(others.iterdir())
+                self._events = _EventFile(local / TENSORBOARD_FOLDER, restarted, resume_step)
+            self._upload()
 
     def write(
         self,
@@ -118,18 +133,43 @@ class MetricsWriter:
             raise ReportError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         row = {"step": step, "kind": kind, "metrics": dict(metrics), "timing": dict(timing or {})}
         line = (_json(row) + "\n").encode()
-        with _clear_errors(self._path):
+        with _clear_errors(self._home / METRICS_FILE):
             while line:  # an unbuffered write may take a part
                 line = line[self._file.write(line) :]
             if self._events is not None:
                 self._events.write(step, kind, metrics)
                 self._events.write(step, f"{kind}_timing", timing or {})
 
+    def flush(self) -> None:
+        """Brings what was written to where it belongs; a local folder has it already.
+
+        Raises:
+          ReportError: the store takes no more.
+        """
+        with _clear_errors(self._home / METRICS_FILE):
+            self._upload()
+
     def close(self) -> None:
-        """Closes the files; further writes fail."""
+        """`flush`, and closes the files; further writes fail."""
         self._file.close()
         if self._events is not None:
             self._events.close()
+        self.flush()
+
+    def _fetch(self) -> None:
+        """Puts what the store has in place of whatever an earlier process left here."""
+        shutil.rmtree(self._path.parent / TENSORBOARD_FOLDER, ignore_errors=True)
+        self._path.unlink(missing_ok=True)
+        if (self._home / METRICS_FILE).exists():
+            self._path.write_bytes((self._home / METRICS_FILE).read_bytes())
+
+    def _upload(self) -> None:
+        if not self._remote:
+            return
+        (self._home / METRICS_FILE).write_bytes(self._path.read_bytes())
+        if self._events is not None:
+            name = self._events.path.name
+            (self._home / TENSORBOARD_FOLDER / name).write_bytes(self._events.path.read_bytes())
 
     def __enter__(self) -> MetricsWriter:
         """The writer itself."""
@@ -143,19 +183,20 @@ class MetricsWriter:
 class _EventFile:
     """TensorBoard scalars, written in this thread: a full disk is noticed here and kill -9 loses nothing."""
 
-    def __init__(self, folder: pathlib.Path, resume_step: int) -> None:
+    def __init__(self, folder: pathlib.Path, restarted: bool, resume_step: int) -> None:
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._event, self._scalar = Event, summary.scalar
         folder.mkdir(parents=True, exist_ok=True)
-        restarted = any(folder.iterdir())
-        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.time_ns()}")
+        suffix = f".{os.getpid()}.{time.time_ns()}"
+        self._writer = EventsWriter(str(folder / "events"), suffix)
         if restarted:  # hides what earlier files hold from this step on
             start = SessionLog(status=SessionLog.START)
             self._writer.write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
         self._writer.flush()
+        (self.path,) = folder.glob(f"events*{suffix}")
 
     def write(self, step: int, prefix: str, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
@@ -174,7 +215,7 @@ def read_metrics(folder: Path) -> list[Row]:
     Raises:
       ReportError: no metrics file there, or a line before the last that is not a row.
     """
-    path = pathlib.Path(folder) / METRICS_FILE
+    path = paths.as_path(folder) / METRICS_FILE
     if not path.is_file():
         raise ReportError(f"{path}: no metrics here; is {folder} the folder of a run that has trained?")
     return _rows(path)
@@ -191,7 +232,7 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
       ReportError: the place cannot be written, or a value inside is not plain data.
     """
-    _replace(pathlib.Path(path), (_json(value, indent=2) + "\n").encode())
+    _replace(paths.as_path(path), (_json(value, indent=2) + "\n").encode())
 
 
 def versions() -> dict[str, str | None]:
@@ -220,7 +261,7 @@ def peak_memory(*device_stats: Mapping[str, Any] | None) -> PeakMemory:
     return PeakMemory(host=rss * 1024 if kilobytes else rss, device=max(peaks, default=None))
 
 
-def _rows(path: pathlib.Path) -> list[Row]:
+def _rows(path: AnyPath) -> list[Row]:
     lines = path.read_bytes().split(b"\n")
     tail = lines.pop()  # empty, or a row that was being written when the process died
     rows = []
@@ -246,8 +287,12 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
         _replace(path, data)
 
 
-def _replace(path: pathlib.Path, data: bytes) -> None:
-    """Puts `data` at `path` by write, fsync and rename."""
+def _replace(path: AnyPath, data: bytes) -> None:
+    """Puts `data` at `path` by write, fsync and rename; an object of a store appears whole anyway."""
+    if paths.is_remote(path):
+        with _clear_errors(path):
+            path.write_bytes(data)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +308,7 @@ def _replace(path: pathlib.Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _clear_errors(path: pathlib.Path) -> Iterator[None]:
+def _clear_errors(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -1003,7 +1048,7 @@ def _figure(width: float, height: float, **kwargs: Any) -> Figure:
 
 def _save(figure: Figure, path: Path) -> None:
     """Draws and writes the picture atomically; the suffix is the format (.png, .svg, .pdf)."""
-    target = pathlib.Path(path)
+    target = paths.as_path(path)
     kind = target.suffix[1:].lower()
     if kind not in figure.canvas.get_supported_filetypes():
         raise ReportError(

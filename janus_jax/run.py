@@ -8,9 +8,10 @@
   checkpoints/
   eval/            hypotheses and scores
 
-Decoding needs this folder and nothing else.
+Decoding needs this folder and nothing else.  It may be gs://bucket/folder: then prepared data lie on
+each machine (`paths.data_folder`), and a lease takes the place of the lock.
 
-Room: [disk].  Imports config, text, checkpoint and report.
+Room: [disk].  Imports config, text, checkpoint, report and paths.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from janus_jax import checkpoint, report
+from janus_jax import checkpoint, paths, report
 from janus_jax.config import Config, ConfigError, differences, from_dict
+from janus_jax.paths import AnyPath
 from janus_jax.text import Vocabulary
 
+LOCK = ".lock"
 BOUND = "vocabulary.sha256"  # beside the checkpoints: the vocabulary that they were made with
 
 # What may change between two starts of the same run; all other keys define it.
@@ -44,16 +47,16 @@ class RunError(ValueError):
 class Run:
     """An existing run directory and its configuration."""
 
-    folder: Path
+    folder: AnyPath
     config: Config
 
     @property
     def data_folder(self) -> Path:
         """Where its prepared data lies."""
-        return Path(self.config.data.dir).expanduser() if self.config.data.dir else self.folder / "data"
+        return paths.data_folder(self.config.data.dir, self.folder)
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> AnyPath:
         """Where its checkpoints lie."""
         return self.folder / "checkpoints"
 
@@ -115,7 +118,7 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
     Raises:
       RunError: there is none, or its config.json cannot be read.
     """
-    folder = Path(folder)
+    folder = paths.as_path(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise RunError(
@@ -140,8 +143,10 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
     Raises:
       RunError: the folder belongs to another configuration (names every key that differs), or holds
         checkpoints of which nobody knows what they belong to.
+      paths.PathError: a URL that cannot hold a run.
     """
-    folder = Path(folder)
+    folder = paths.as_path(folder)
+    paths.check_run(folder)
     if (folder / "config.json").exists():
         old = open_run(folder).config
         fixed = {k: v for k, v in differences(old, config).items() if not _free(k, config)}
@@ -165,14 +170,23 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: AnyPath) -> Iterator[None]:
     """Holds `folder` for this process alone.
 
     Raises:
       RunError: another process holds it.
+      paths.PathError: a URL that cannot hold a run.
     """
+    if paths.is_remote(folder):
+        paths.check_run(folder)
+        try:
+            with paths.lease(folder / LOCK):
+                yield
+        except paths.LeaseError as error:
+            raise RunError(str(error)) from None
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -9,7 +9,7 @@ even by text that spells them.
 A saved vocabulary is two files: `vocab.model` (SentencePiece) and `vocab.json` (its hash, size, ids,
 settings and versions), so that a model can tell whether it was trained with this very vocabulary.
 
-Room: [disk] reads and writes these two files.  Imports config only.
+Room: [disk] reads and writes these two files.  Imports config and paths.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece
 
+from janus_jax import paths
 from janus_jax.config import SpecialIds, VocabConfig
 
 MODEL_FILE = "vocab.model"
@@ -147,7 +147,7 @@ class Vocabulary:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes both files into `folder`, which is made if needed; each appears whole or not at all."""
-        folder = pathlib.Path(folder)
+        folder = paths.as_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         info = {
             "format": 1,
@@ -168,7 +168,8 @@ class Vocabulary:
           VocabularyError: a file is missing or unreadable, or the model is not the one that
             `vocab.json` describes.
         """
-        model_path, info_path = pathlib.Path(folder) / MODEL_FILE, pathlib.Path(folder) / INFO_FILE
+        folder = paths.as_path(folder)
+        model_path, info_path = folder / MODEL_FILE, folder / INFO_FILE
         for path in (model_path, info_path):
             if not path.is_file():
                 raise VocabularyError(f"no vocabulary: {path} is missing; `janus-jax prepare` makes it")
@@ -246,7 +247,10 @@ def _explain(error: str, size: int) -> str:
     return f"SentencePiece could not train a vocabulary of {size} entries: {error}"
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
+def _replace(path: paths.AnyPath, content: bytes) -> None:
+    if paths.is_remote(path):
+        path.write_bytes(content)  # an object appears whole
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

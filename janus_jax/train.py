@@ -24,13 +24,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from janus_jax import losses, mesh, report, run, score, sharding
+from janus_jax import losses, mesh, paths, report, run, score, sharding
 from janus_jax.batch import Batch
 from janus_jax.checkpoint import Checkpoints
 from janus_jax.config import Config, microbatches
@@ -59,7 +58,7 @@ class Pending:
     examples: np.ndarray  # numbers of the training examples in its batch
 
 
-def train(config: Config, workdir: str | Path) -> int:
+def train(config: Config, workdir: paths.Name) -> int:
     """Trains `config` in `workdir` up to `train.steps` updates, from wherever it is.
 
     Returns:
@@ -67,10 +66,11 @@ def train(config: Config, workdir: str | Path) -> int:
 
     Raises:
       run.RunError: the folder belongs to another run or is in use.
+      paths.PathError: a URL that cannot hold a run.
       TrainingError: an update was not finite (`train.nonfinite` = stop).
       data.DataError, text.VocabularyError: unusable data.
     """
-    workdir = Path(workdir)
+    workdir = paths.as_path(workdir)
     with run.locked(workdir):
         opened = run.claim(workdir, config)
         prepare(config, workdir)
@@ -154,6 +154,7 @@ class _Training:
             found: dict[str, float] = {}
             if evaluate:
                 found = self._evaluate(done, state)
+            self.writer.flush()
             self.checkpoints.save(done, state._asdict(), found)
             if reason and not last:
                 self.checkpoints.wait()

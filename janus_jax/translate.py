@@ -15,13 +15,14 @@ Room: shell.  Reads and writes the streams or files it is given.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from janus_jax import report
+from janus_jax import paths, report
+from janus_jax.paths import AnyPath
 from janus_jax.translator import Hypothesis, Translator
 
 WINDOW = 4096  # lines decoded, and written, together
@@ -55,7 +56,7 @@ def split_lines(data: bytes, name: str) -> list[str]:
     return lines
 
 
-def read_lines(path: Path | None) -> list[str]:
+def read_lines(path: AnyPath | None) -> list[str]:
     """The lines of a file, or of standard input for None.
 
     Raises:
@@ -70,7 +71,7 @@ def read_lines(path: Path | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def output(path: Path | None) -> Iterator[BinaryIO]:
+def output(path: AnyPath | None) -> Iterator[BinaryIO]:
     """Where results go: standard output for None, else a file that appears under its name when whole.
 
     What is no regular file (a pipe, /dev/null) is written to as it stands.
@@ -78,6 +79,11 @@ def output(path: Path | None) -> Iterator[BinaryIO]:
     if path is None:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
+        return
+    if paths.is_remote(path):
+        memory = io.BytesIO()
+        yield memory
+        path.write_bytes(memory.getvalue())
         return
     if path.exists() and not path.is_file():
         with path.open("wb") as file:
