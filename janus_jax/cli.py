@@ -58,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0, or one of those at the head of the module (`train` has 75 of its own: stopped
       on request and saved).
     """
+    code = _run(argv)
+    processes = sys.modules.get("janus_jax.processes")  # unless nobody has needed it yet
+    return processes.leave(code) if processes else code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         args, overrides = parse(sys.argv[1:] if argv is None else argv)
         code = args.run(args, overrides)
@@ -74,10 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _complain(str(error), EXIT_USAGE)
     except Exception as error:
+        processes = sys.modules.get("janus_jax.processes")
+        if processes and processes.is_loss(error):
+            processes.mourn(error)
         message = explain(error)
-        if message is None:
+        if message is None and not (processes and processes.several()):
             raise
-        return _complain(message, EXIT_FAILED)
+        if message is None:  # raised on, it would wait for the others, which wait for this process
+            traceback.print_exc()
+        return _complain(message or "a defect; see above", EXIT_FAILED)
 
 
 def explain(error: Exception) -> str | None:
@@ -124,16 +135,18 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> int:
     from janus_jax import train
 
     use_compilation_cache()
+    join_others(args, config)
     return train.train(config, args.workdir)
 
 
 def _evaluate(args: argparse.Namespace, _: Overrides) -> int:
-    from janus_jax import evaluate, prepare, run
+    from janus_jax import evaluate, prepare, processes, run
     from janus_jax.translator import Translator
 
     use_compilation_cache()
     opened = run.open_run(args.workdir)
-    prepare.bring_data(opened.config, opened.folder)
+    join_others(args, opened.config)
+    processes.main_first(lambda: prepare.bring_data(opened.config, opened.folder))
     translator = Translator.from_run(args.workdir, args.checkpoint)
     modes = args.decode or translator.modes
     options = {mode: _options_for(mode, modes, args) for mode in modes}
@@ -156,6 +169,8 @@ def _evaluate(args: argparse.Namespace, _: Overrides) -> int:
         )
         for mode in modes
     ]
+    if not processes.is_main():
+        return 0
     evaluate.print_scores(evaluations)
     evaluate.print_examples(evaluations, args.show)
     print()
@@ -224,6 +239,20 @@ def _options_for(mode: str, modes: Sequence[str], args: argparse.Namespace) -> d
     return {name: value for name, value in given.items() if ONLY_FOR.get(name, mode) == mode}
 
 
+def join_others(args: argparse.Namespace, config: Config) -> None:
+    """Makes this process one of several, where the command line says so."""
+    given = (args.coordinator, args.processes, args.process_id)
+    if not args.distributed and given == (None, None, None):
+        return
+    from janus_jax import processes
+
+    processes.join(
+        *given,
+        startup_timeout=config.mesh.startup_timeout,
+        heartbeat_timeout=config.mesh.heartbeat_timeout,
+    )
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs in $JANUS_JAX_CACHE, by default ~/.cache/janus_jax; set to "" to switch off."""
     name = os.environ.get(CACHE, os.path.join("~", ".cache", "janus_jax"))
@@ -261,7 +290,8 @@ environment:
                     the data of runs on gs://
   JANUS_JAX_DEBUG   1 shows the traceback of every error
 
-exit codes: 0 done, 1 failed, 2 not understood, 75 training stopped on request and saved
+exit codes: 0 done, 1 failed, 2 not understood, 75 training stopped on request and saved (start it
+again), 76 or 134 another process was lost
 """
 
 CONFIG_EPILOG = """\
@@ -480,8 +510,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     with_config("prepare", _prepare, PREPARE)
     with_config("train", _train, TRAIN)
+    _add_processes(verbs["train"])
     flags_ = verb("evaluate", _evaluate, EVALUATE)
     _add_workdir(flags_, required=True)
+    _add_processes(flags_)
     flags_.add_argument("--split", default="", help="which split (default: data.test_split of the run)")
     flags_.add_argument(
         "--decode",
@@ -550,6 +582,18 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="configuration, a Python file with get_config() (default: WORKDIR/config.json)",
     )
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes, each started with the same command")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the others by what the environment tells (TPU pod, SLURM, Open MPI, Kubernetes)",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="or say it: where process 0 listens")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process_id", type=int, metavar="I", help="which one this is, from 0")
 
 
 def _add_workdir(parser: argparse.ArgumentParser, *, required: bool) -> None:

@@ -19,13 +19,13 @@ from typing import Any
 
 from rich.console import Console
 
-from janus_jax import mesh, report, score
+from janus_jax import mesh, processes, report, score
 from janus_jax.config import DecodeConfig
 from janus_jax.data.sources import open_split
 from janus_jax.paths import AnyPath
 from janus_jax.run import Run
 from janus_jax.translate import cut_messages, output
-from janus_jax.translator import Translator
+from janus_jax.translator import Translator, decode_together
 
 FOLDER = "eval"
 SHOWN_CUTS = 5  # over-long lines named on the terminal; the JSON has all
@@ -96,6 +96,8 @@ def evaluate(
 ) -> Evaluation:
     """Decodes `split`, scores it and writes both files.
 
+    Of several processes each decodes its share, every example exactly once; the main one writes.
+
     Args:
       opened: the run, whose data hold the split.
       translator: its model.
@@ -121,9 +123,14 @@ def evaluate(
     sources = [source for source, _ in itertools.islice(pairs, count)]
     references = [pairs.references(i) for i in range(count)]
     name = name_of(decode, effective, checkpoint, limit if count < len(pairs) else 0)
-    with report.progress(count, f"{split} {name}", unit="sentence") as progress:
-        found, took = translator.decode(
-            sources, decode, batch_size=batch_size, on_batch=progress.advance, **options
+    console = Console(stderr=True, quiet=not processes.is_main())
+    with report.progress(count, f"{split} {name}", unit="sentence", console=console) as progress:
+
+        def advance(sentences: int) -> None:
+            progress.advance(sentences * processes.count())  # the others are about as far
+
+        found, took = decode_together(
+            translator, sources, decode, batch_size=batch_size, on_batch=advance, **options
         )
         for message in cut_messages(took.cut, limit=SHOWN_CUTS):
             progress.say(f"{split} {message}")
@@ -141,12 +148,14 @@ def evaluate(
         "data": pairs.identity,
         "vocabulary_sha256": translator.vocabulary.sha256,
         "device": mesh.device_kind(),
+        "processes": processes.count(),
         "versions": report.versions(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with output(folder / f"{split}.{name}.hyp") as file:
-        file.write("".join(f"{line}\n" for line in hypotheses).encode("utf-8"))
-    report.write_json(folder / f"{split}.{name}.json", result)
+    if processes.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        with output(folder / f"{split}.{name}.hyp") as file:
+            file.write("".join(f"{line}\n" for line in hypotheses).encode("utf-8"))
+        report.write_json(folder / f"{split}.{name}.json", result)
     return Evaluation(name, result, sources, references, hypotheses)
 
 

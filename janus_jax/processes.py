@@ -122,7 +122,7 @@ def _check_address(coordinator: str, listens: bool) -> None:
                 probe.bind(("", int(port)))
             except (OSError, OverflowError) as error:
                 raise ProcessesError(
-                    f"--coordinator={coordinator}: port {port} cannot be opened here ({error}); choose another"
+                    f"--coordinator={coordinator}: port {port} cannot be opened here: {error}"
                 ) from error
 
 
@@ -138,9 +138,9 @@ def _give_up(
         except OSError as error:
             missing = f"it cannot be reached ({error})"
     print(
-        f"janus-jax: error: process {'' if index is None else index} waited {seconds} s (mesh.startup_timeout) "
-        f"at {where}: {missing}; check that all are started with the same coordinator, each with its own "
-        "--process_id",
+        f"janus-jax: error: process {'' if index is None else index} waited {seconds} s "
+        f"(mesh.startup_timeout) at {where}: {missing}; check that all are started with the same "
+        "coordinator, each with its own --process_id",
         file=sys.stderr,
         flush=True,
     )
@@ -209,7 +209,7 @@ def main_first(function: Callable[[], T]) -> T:
 
 
 def to_host(tree: Tree) -> Tree:
-    """Every array whole, for this process alone: those that lie on other processes too are brought together."""
+    """Every array whole, for this process alone: what lies on other processes too is brought together."""
 
     def whole(x: Any) -> Any:
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
@@ -223,7 +223,7 @@ def to_host(tree: Tree) -> Tree:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[int], str | None]]:
-    """Notes SIGTERM and Ctrl-C; yields a function (updates done) -> the reason to stop after this one, or None.
+    """Notes SIGTERM and Ctrl-C; yields a function: updates done -> the reason to stop now, or None.
 
     With several processes, a notice to any of them is agreed on by all: each gets its reason at the same
     update.  A second Ctrl-C ends at once.

@@ -180,6 +180,28 @@ class MetricsWriter:
         self.close()
 
 
+class SilentWriter(MetricsWriter):
+    """Writes nothing: for a process that leaves it to another one."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+
+    def write(
+        self,
+        step: int,
+        kind: str,
+        metrics: Mapping[str, Any],
+        timing: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class _EventFile:
     """TensorBoard scalars, written in this thread: a full disk is noticed here and kill -9 loses nothing."""
 

@@ -60,6 +60,10 @@ class Run:
         """Where its checkpoints lie."""
         return self.folder / "checkpoints"
 
+    def has_checkpoints(self) -> bool:
+        """Whether there is any, whole or not."""
+        return any(self.checkpoints.glob("[0-9]*"))
+
     def vocabulary(self) -> Vocabulary:
         """Its vocabulary, checked against the configuration and against what the checkpoints were made with.
 
@@ -158,7 +162,7 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
                 f"{folder} belongs to a run with another configuration:\n{lines}\n"
                 "choose another --workdir, or leave --config out to go on with that run"
             )
-    elif any((folder / "checkpoints").glob("[0-9]*")):
+    elif Run(folder, config).has_checkpoints():
         raise RunError(
             f"{folder} has checkpoints but no config.json, so what they belong to is unknown; "
             "put the config.json back, or choose another --workdir"

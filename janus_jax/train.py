@@ -18,30 +18,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
-from janus_jax import losses, mesh, paths, report, run, score, sharding
+from janus_jax import losses, mesh, paths, prepare, processes, report, run, score, sharding
 from janus_jax.batch import Batch
 from janus_jax.checkpoint import Checkpoints
 from janus_jax.config import Config, microbatches
 from janus_jax.data.encoded import EncodedSource, encode_split
 from janus_jax.data.pipeline import BatchPlan, eval_batches, train_batches
 from janus_jax.data.sources import PairSource, open_split
-from janus_jax.prepare import prepare
 from janus_jax.step import TrainState, eval_step, init_state, train_step
 from janus_jax.text import Vocabulary
-from janus_jax.translator import Translator
+from janus_jax.translator import Translator, decode_together
 
-DONE, STOPPED = 0, 75  # exit codes; 75 (EX_TEMPFAIL): stopped on request, saved, start again to go on
+DONE, STOPPED = 0, processes.STOPPED  # exit codes; stopped: on request, saved, start again to go on
 
 
 class TrainingError(ValueError):
@@ -71,21 +70,39 @@ def train(config: Config, workdir: paths.Name) -> int:
       data.DataError, text.VocabularyError: unusable data.
     """
     workdir = paths.as_path(workdir)
-    with run.locked(workdir):
-        opened = run.claim(workdir, config)
-        prepare(config, workdir)
-        devices = mesh.make_mesh(config.mesh)
-        print(f"{_described(devices)}, objective {config.loss.objective}")
+    devices = mesh.make_mesh(config.mesh)
+    with ExitStack() as stack:
+        opened = processes.main_first(functools.partial(_open_run, config, workdir, stack))
+        processes.say(f"{_described(devices)}, objective {config.loss.objective}")
         with (
             Checkpoints(
-                opened.checkpoints, config.train.keep_last, *_best(config), say=lambda m: print(m, flush=True)
+                opened.checkpoints, config.train.keep_last, *_best(config), say=processes.say
             ) as checkpoints,
-            _stop_signals() as stop,
+            processes.stop_requests() as stop,
         ):
             code = _Training(opened, devices, checkpoints, stop).run()
-    report.plot_training(report.read_metrics(workdir), workdir / "training.png")
-    print(f"training curves: {workdir / 'training.png'}")
+    if processes.is_main():
+        report.plot_training(report.read_metrics(workdir), workdir / "training.png")
+        print(f"training curves: {workdir / 'training.png'}")
     return code
+
+
+def _open_run(config: Config, workdir: paths.AnyPath, stack: ExitStack) -> run.Run:
+    """The run directory with everything that training needs; `stack` keeps it locked.
+
+    The main process claims it; the others find it claimed, and prepare what they do not share with it.
+    """
+    if not processes.is_main():
+        with run.locked(prepare.data_folder(config, workdir)):  # against others of the same machine
+            prepare.prepare(config, workdir, Console(quiet=True))
+        return run.open_run(workdir)
+    stack.enter_context(run.locked(workdir))
+    opened = run.claim(workdir, config)
+    prepare.prepare(config, workdir)
+    vocabulary = opened.vocabulary()
+    if not opened.has_checkpoints():
+        opened.bind_vocabulary(vocabulary)
+    return opened
 
 
 class _Training:
@@ -96,7 +113,7 @@ class _Training:
         opened: run.Run,
         devices: jax.sharding.Mesh,
         checkpoints: Checkpoints,
-        stop: Callable[[], str | None],
+        stop: Callable[[int], str | None],
     ) -> None:
         shares = mesh.row_shares(devices)
         parts = microbatches(opened.config, shares)
@@ -108,8 +125,6 @@ class _Training:
         self.compiled: dict[tuple[Any, ...], Any] = {}
         self.compile_seconds = 0.0
         self.vocabulary = opened.vocabulary()
-        if checkpoints.latest() is None:
-            opened.bind_vocabulary(self.vocabulary)
         self.rows = shares * parts
         self.train_set = _open(opened, self.config.data.train_split, self.vocabulary)
         self.dev = _Dev(self)
@@ -118,18 +133,25 @@ class _Training:
         config = self.config
         state, start = self._start()
         if start >= config.train.steps:
-            print(f"already trained: {start} updates of {config.train.steps}; raise train.steps to go on")
+            processes.say(
+                f"already trained: {start} updates of {config.train.steps}; raise train.steps to go on"
+            )
             return DONE
+        console = Console(stderr=True, quiet=not processes.is_main())
         with (
-            report.MetricsWriter(
-                self.opened.folder, config.train.tensorboard, start if start else -1
-            ) as self.writer,
-            report.progress(config.train.steps, "train", start=start) as self.progress,
+            self._writer(start) as self.writer,
+            report.progress(config.train.steps, "train", start=start, console=console) as self.progress,
         ):
             self.writer.write(
                 start, "event", {"event": "resumed" if start else "started", "device": mesh.device_kind()}
             )
             return self._loop(state, start)
+
+    def _writer(self, start: int) -> report.MetricsWriter:
+        if not processes.is_main():
+            return report.SilentWriter()
+        resume_step = start if start else -1
+        return report.MetricsWriter(self.opened.folder, self.config.train.tensorboard, resume_step)
 
     def _loop(self, state: TrainState, start: int) -> int:
         config = self.config
@@ -145,7 +167,7 @@ class _Training:
             if pending:
                 self._read(pending)
             pending = Pending(done, metrics, batch["target"].shape, batch["index"])
-            last, reason = done == config.train.steps, self.stop()
+            last, reason = done == config.train.steps, self.stop(done)
             evaluate = last or done % config.train.eval_every == 0
             if not (evaluate or reason or done % config.train.checkpoint_every == 0):
                 continue
@@ -177,7 +199,7 @@ class _Training:
         if self.checkpoints.latest() is not None:
             wanted = mesh.with_shardings(abstract, shardings)._asdict()
             values, step = self.checkpoints.restore(wanted)
-            print(f"resuming from step {step}")
+            processes.say(f"resuming from step {step}")
             return TrainState(**values), step
         return jax.jit(initial, out_shardings=shardings)(), 0
 
@@ -188,13 +210,16 @@ class _Training:
         rows = mesh.sharding_table(abstract.params, self.shardings.params)
         total = sum(size for *_, size in mesh.sharding_table(abstract, self.shardings))
         title = f"parameters; state on each device: {total / 2**20:,.1f} MiB"
-        report.table(title, ["path", "type and shape", "cut over", "bytes on each device"], rows)
+        if processes.is_main():
+            report.table(title, ["path", "type and shape", "cut over", "bytes on each device"], rows)
 
     def _batches(self, start: int) -> Iterator[Batch]:
         config = self.config
         plan = BatchPlan(self.train_set.lengths, config.batch, seed=config.seed, row_multiple=self.rows)
         if start and len(plan.overlong):  # `prepare` says so at the first start
-            print(f"{len(plan.overlong)} of {len(self.train_set)} training pairs are over-long and left out")
+            processes.say(
+                f"{len(plan.overlong)} of {len(self.train_set)} training pairs are over-long and left out"
+            )
         return train_batches(
             self.train_set,
             config.batch,
@@ -315,6 +340,7 @@ class _Dev:
         found = {"loss": sum(c * found[name] for name, c in used.items() if name in found), **found}
         if not self.sources:
             return found
+        params = processes.to_host(params)
         if self.translator is None:
             self.translator = Translator(params, config, self.training.vocabulary)
         self.translator.set_params(params)
@@ -324,7 +350,8 @@ class _Dev:
         }
         bleu = {}
         for mode in self.translator.modes:
-            lines = self.translator(self.sources, decode=mode, **options[mode])
+            found_here, _ = decode_together(self.translator, self.sources, mode, **options[mode])
+            lines = [best.text for best, *_ in found_here]
             bleu[f"bleu_{mode}"] = score.score(lines, self.references).bleu
         return {**found, **bleu, "bleu": sum(bleu.values()) / len(bleu)}
 
@@ -343,21 +370,3 @@ def _open(opened: run.Run, split: str, vocabulary: Vocabulary) -> EncodedSource:
 def _best(config: Config) -> tuple[str, str]:
     """The dev metric that chooses the best checkpoint, and which end of it is good."""
     return ("bleu", "max") if config.train.best == "bleu" else ("loss", "min")
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], str | None]]:
-    """SIGTERM or Ctrl-C is noted, to be acted on after the current update; a second Ctrl-C ends at once."""
-    caught: list[str] = []
-
-    def note(number: int, _: Any) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: caught[0] if caught else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from janus_jax import losses, run
+from janus_jax import losses, processes, run
 from janus_jax.config import Config, ConfigError, DecodeConfig, ModelConfig, from_dict
 from janus_jax.engine import Engine, Report
 from janus_jax.generate import Generator, with_options
@@ -249,6 +249,37 @@ class Translator:
                 # A byte piece may spell a line break; an answer is one line.
                 found.append(Hypothesis(clean_line(self.vocabulary.decode(row)), float(score), count))
         return found
+
+
+def decode_together(
+    translator: Translator, lines: Sequence[str], decode: str = "ar", **arguments: Any
+) -> tuple[list[list[Hypothesis]], Report]:
+    """`Translator.decode` by all processes: each decodes its share of `lines`, and all get the whole.
+
+    Every process must call it, with the same lines.  In the report, seconds are those of the slowest.
+    """
+    if not processes.several():
+        return translator.decode(lines, decode, **arguments)
+    mine = range(processes.index(), len(lines), processes.count())
+    found, own = translator.decode([lines[i] for i in mine], decode, **arguments)
+    cut = [(mine[line], tokens, kept) for line, tokens, kept in own.cut]
+    told = [[dataclasses.astuple(h) for h in hypotheses] for hypotheses in found]
+    whole: list[list[Hypothesis]] = [[] for _ in lines]
+    total = Report(sentences=len(lines))
+    report = dataclasses.asdict(own) | {"cut": cut, "shapes": sorted(own.shapes)}
+    parts = processes.gather({"found": told, "report": report})
+    for index, part in enumerate(parts):
+        for line, hypotheses in zip(range(index, len(lines), len(parts)), part["found"], strict=True):
+            whole[line] = [Hypothesis(*h) for h in hypotheses]
+        report = part["report"]
+        for name in ("tokens", "batches", "passes"):
+            setattr(total, name, getattr(total, name) + report[name])
+        for name in ("seconds", "compile_seconds"):
+            setattr(total, name, max(getattr(total, name), report[name]))
+        total.shapes |= {tuple(shape) for shape in report["shapes"]}
+        total.cut += [(line, tokens, kept) for line, tokens, kept in report["cut"]]
+    total.cut.sort()
+    return whole, total
 
 
 def _check_params(params: Any, model: ModelConfig, opened: run.Run) -> None:

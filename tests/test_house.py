@@ -33,7 +33,7 @@ ALLOWED = {
     "convert": {"config"},
     "run": {"config", "text", "checkpoint", "report", "paths"},
     "engine": {"config", "sharding", "generate", "mesh"},
-    "translator": {"config", "generate", "engine", "losses", "mesh", "models", "run", "text"},
+    "translator": {"config", "generate", "engine", "losses", "mesh", "models", "processes", "run", "text"},
 }
 
 
