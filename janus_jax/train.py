@@ -93,7 +93,7 @@ def _open_run(config: Config, workdir: paths.AnyPath, stack: ExitStack) -> run.R
     The main process claims it; the others find it claimed, and prepare what they do not share with it.
     """
     if not processes.is_main():
-        with run.locked(prepare.data_folder(config, workdir)):  # against others of the same machine
+        with run.locked(prepare.data_folder(config, workdir), wait=True):  # others of the same machine
             prepare.prepare(config, workdir, Console(quiet=True))
         return run.open_run(workdir)
     stack.enter_context(run.locked(workdir))
