@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,59 +18,11 @@ import jax
 import numpy as np
 import pytest
 
-from janus_jax import checkpoint, cli, mesh, processes, report, run, train
-from janus_jax.config import Config, MeshConfig, from_dict
+from janus_jax import checkpoint, cli, processes, train
+from janus_jax.config import Config, MeshConfig
+from tests.layouts import HALF, HEARTBEAT, LAYOUTS, LIMIT, STEPS, assert_same_curve, config_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-STEPS, HALF = 20, 10
-HEARTBEAT = 10
-LIMIT = 240  # seconds after which a test gives up on its processes
-LAYOUTS = {
-    "one device": MeshConfig(data=1),
-    "data 8": MeshConfig(data=8),
-    "fsdp 8": MeshConfig(fsdp=8),
-    "cube": MeshConfig(fsdp=2, tensor=2),
-}
-
-
-def config_of(layout: MeshConfig, data: pathlib.Path) -> Config:
-    values = {
-        "data": {
-            "name": "phrases",
-            "source": "en",
-            "target": "de",
-            "dev_split": "valid",
-            "test_split": "test",
-            "size": 400,
-            "dir": str(data),
-        },
-        "batch": {"buckets": [40], "tokens": 1000, "workers": 1, "prefetch": 2},  # 25 rows: fillers for 8
-        "model": {
-            "vocab_size": 400,
-            "dim": 16,
-            "ffn": 32,
-            "heads": 2,
-            "encoder_layers": 1,
-            "decoder_layers": 1,
-            "max_positions": 48,
-            "dropout": 0.1,
-        },
-        # A large eps: with the usual one Adam makes a full step of rounding noise where a gradient is zero.
-        "optim": {"lr": 3e-3, "warmup_steps": 4, "eps": 1e-4},
-        "loss": {"chunk": 16},
-        "train": {
-            "steps": STEPS,
-            "log_every": 1,
-            "eval_every": STEPS,
-            "checkpoint_every": HALF,
-            "dev_sentences": -1,
-            "best": "loss",
-            "tensorboard": False,
-        },
-        "decode": {"beam": 2, "iterations": 2, "max_length_a": 1.0, "max_length_b": 2},
-        "mesh": dataclasses.asdict(layout) | {"heartbeat_timeout": HEARTBEAT, "startup_timeout": LIMIT},
-    }
-    return from_dict(values)
 
 
 @pytest.fixture(scope="module")
@@ -80,35 +31,11 @@ def data(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory) -> dict[str, pathlib.Path]:
-    """The same run on one device and on eight, laid out in three ways: finished run directories."""
-    folders = {}
-    for name, layout in LAYOUTS.items():
-        folders[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
-        assert train.train(config_of(layout, data), folders[name]) == train.DONE
-    return folders
-
-
-def curve(folder: pathlib.Path) -> list[dict]:
-    """The metrics of every update, each exactly once."""
-    rows = [row for row in report.read_metrics(folder) if row["kind"] == "train"]
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    return [row["metrics"] for row in rows]
-
-
-def assert_same_curve(found: pathlib.Path, expected: pathlib.Path) -> None:
-    """The same batches and masks to the last bit, the same losses to float tolerance."""
-    for step, (ours, theirs) in enumerate(zip(curve(found), curve(expected), strict=True), start=1):
-        assert ours.keys() == theirs.keys()
-        for name in ("tokens", "masked", "lr"):
-            assert ours[name] == theirs[name], (step, name)
-        for name, value in ours.items():
-            assert value == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (step, name)
-    dev, other = (
-        [row["metrics"] for row in report.read_metrics(f) if row["kind"] == "dev"][-1]
-        for f in (found, expected)
-    )
-    assert dev["loss"] == pytest.approx(other["loss"], rel=1e-4)
+def alone(data, tmp_path_factory) -> pathlib.Path:
+    """The run of one process with one device."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert train.train(config_of(LAYOUTS["one device"], data), folder) == train.DONE
+    return folder
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -181,23 +108,7 @@ def log(folder: pathlib.Path, i: int) -> str:
 # One result ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS)[1:])
-def test_eight_devices_learn_as_one_does(runs, name):
-    assert_same_curve(runs[name], runs["one device"])
-
-
-@pytest.mark.parametrize(
-    ("before", "after"), [*zip(LAYOUTS, [*list(LAYOUTS)[1:], "one device"], strict=True)]
-)
-def test_a_checkpoint_goes_on_anywhere(runs, data, tmp_path, before, after):
-    folder = tmp_path / "run"
-    shutil.copytree(runs[before], folder)
-    shutil.rmtree(folder / "checkpoints" / str(STEPS))
-    assert train.train(config_of(LAYOUTS[after], data), folder) == train.DONE
-    assert_same_curve(folder, runs["one device"])
-
-
-def test_two_processes_from_the_launcher_train_and_evaluate(runs, data, tmp_path):
+def test_two_processes_from_the_launcher_train_and_evaluate(alone, data, tmp_path):
     """`launch/local.sh`, then the same run evaluated by two processes and by one."""
     folder = tmp_path / "run"
     file = config_file(config_of(LAYOUTS["cube"], data), tmp_path)
@@ -214,21 +125,21 @@ def test_two_processes_from_the_launcher_train_and_evaluate(runs, data, tmp_path
     assert "4 of 8 devices" in said
     assert "8 x cpu (data 2 x fsdp 2 x tensor 2)" in said
     assert said.count("decoder/layers/cross/query/kernel") == 1  # the table of shardings
-    assert_same_curve(folder, runs["one device"])
+    assert_same_curve(folder, alone)
     assert "objective" not in log(tmp_path, 1)  # process 0 alone speaks of the run
 
-    together, alone = tmp_path / "together", tmp_path / "alone"
+    together, by_one = tmp_path / "together", tmp_path / "by_one"
     words = ["evaluate", f"--workdir={folder}", "--decode=ar,nar", "--limit=13", "--checkpoint=latest"]
     assert "exact match" in launch(*words, f"--output_dir={together}")
-    assert cli.main([*words, f"--output_dir={alone}"]) == 0
-    names = sorted(path.name for path in alone.iterdir())
+    assert cli.main([*words, f"--output_dir={by_one}"]) == 0
+    names = sorted(path.name for path in by_one.iterdir())
     assert names == sorted(path.name for path in together.iterdir())
     for name in names:
         if name.endswith(".hyp"):
-            assert (together / name).read_bytes() == (alone / name).read_bytes()
-            assert len((alone / name).read_text("utf-8").splitlines()) == 13
+            assert (together / name).read_bytes() == (by_one / name).read_bytes()
+            assert len((by_one / name).read_text("utf-8").splitlines()) == 13
         else:
-            ours, theirs = (json.loads((place / name).read_text("utf-8")) for place in (together, alone))
+            ours, theirs = (json.loads((place / name).read_text("utf-8")) for place in (together, by_one))
             assert ours["scores"] == theirs["scores"]
             assert (ours["processes"], theirs["processes"]) == (2, 1)
             assert ours["passes_per_sentence"] == theirs["passes_per_sentence"]
@@ -237,7 +148,7 @@ def test_two_processes_from_the_launcher_train_and_evaluate(runs, data, tmp_path
 # Stopping and losing each other ----------------------------------------------------------------------
 
 
-def test_sigterm_to_one_stops_all_and_four_processes_go_on(runs, data, tmp_path):
+def test_sigterm_to_one_stops_all_and_four_processes_go_on(alone, data, tmp_path):
     config = config_of(LAYOUTS["data 8"], data)
     two = start(2, tmp_path, config)
     wait_for_step(tmp_path, 2, two)
@@ -248,11 +159,11 @@ def test_sigterm_to_one_stops_all_and_four_processes_go_on(runs, data, tmp_path)
     assert f"saved step {saved[-1]} and stopped" in log(tmp_path, 0)
     assert finish(start(4, tmp_path, config)) == [0, 0, 0, 0], log(tmp_path, 0)
     assert f"resuming from step {saved[-1]}" in log(tmp_path, 0)
-    assert_same_curve(tmp_path / "run", runs["one device"])
+    assert_same_curve(tmp_path / "run", alone)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_kill_9_of_one_ends_the_other_which_says_so(runs, data, tmp_path, victim):
+def test_kill_9_of_one_ends_the_other_which_says_so(alone, data, tmp_path, victim):
     config = config_of(LAYOUTS["fsdp 8"], data)
     two = start(2, tmp_path, config)
     wait_for_step(tmp_path, HALF + 1, two)
@@ -268,7 +179,7 @@ def test_kill_9_of_one_ends_the_other_which_says_so(runs, data, tmp_path, victim
     else:
         assert "leader task was preempted/died" in said, said
     assert train.train(config, tmp_path / "run") == train.DONE  # one process, eight devices
-    assert_same_curve(tmp_path / "run", runs["one device"])
+    assert_same_curve(tmp_path / "run", alone)
 
 
 # What goes wrong before anything begins --------------------------------------------------------------
@@ -359,16 +270,3 @@ def test_a_stop_is_noted_and_the_handlers_come_back(number):
         os.kill(os.getpid(), number)
         assert stop(2) == number.name
     assert signal.getsignal(number) is before
-
-
-def test_a_mesh_that_does_not_fit_leaves_no_trace(data, tmp_path):
-    with pytest.raises(mesh.MeshError, match=r"mesh\.data = 3"):
-        train.train(config_of(MeshConfig(data=3), data), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_second_run_on_the_same_folder_is_refused(data, tmp_path):
-    config = config_of(MeshConfig(), data)
-    with run.locked(tmp_path), pytest.raises(run.RunError, match="in use"):
-        train.train(config, tmp_path)
-    assert not (tmp_path / "config.json").exists()
