@@ -127,7 +127,8 @@ def evaluate(
     with report.progress(count, f"{split} {name}", unit="sentence", console=console) as progress:
 
         def advance(sentences: int) -> None:
-            progress.advance(sentences * processes.count())  # the others are about as far
+            done = progress.done + sentences * processes.count()  # the others are about as far
+            progress.update(min(done, count))
 
         found, took = decode_together(
             translator, sources, decode, batch_size=batch_size, on_batch=advance, **options

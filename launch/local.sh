@@ -112,7 +112,7 @@ trap 'on_signal SIGTERM' TERM
 trap 'on_signal SIGINT' INT
 
 attempt() { # one start of all; returns when the last has ended
-  local i port from tail_pid id code
+  local i port from tail_pid id code part='' line=''
   running=() order=() codes=() deadline=''
   port=$(free_port)
   touch "$logs/0.log"
@@ -132,10 +132,15 @@ attempt() { # one start of all; returns when the last has ended
   tail_pid=$!
 
   while [ ${#running[@]} -gt 0 ]; do
-    if read -r -t 0.2 -u 3 id code; then
+    if IFS= read -r -t 0.2 -u 3 part; then
+      read -r id code <<<"$line$part"
+      line=''
       ended "$id" "$code"
       [ "$code" = 0 ] || deadline=${deadline:-$((SECONDS + grace + 1))} # SECONDS is rounded down
-    elif [ -n "$deadline" ] && ((SECONDS >= deadline)); then
+      continue
+    fi
+    line+=$part # on a busy machine the time may be up in the middle of a line
+    if [ -n "$deadline" ] && ((SECONDS >= deadline)); then
       say "killing what has not ended: process ${!running[*]}"
       signal_all KILL
       for id in "${!running[@]}"; do
