@@ -280,7 +280,7 @@ def memory_bytes(module: Module, counts: Counts) -> float:
     and of one that it updates in place, the update.  Buffers in on-chip memory (space above 0) are free.
     """
     total = 0.0
-    used: dict[str, tuple[dict[int, float], float | None]] = {}
+    used: dict[str, FusionUse] = {}
     shapes = {c: {i.name: i.shapes for i in lines} for c, lines in module.computations.items()}
     for v in walk(module, counts):
         i = v.instruction
@@ -297,9 +297,7 @@ def memory_bytes(module: Module, counts: Counts) -> float:
         elif i.opcode == "copy-start":
             writes = _main(i.shapes[:1])
         elif i.opcode == "fusion" and (called := i.called("calls")):
-            if called[0] not in used:
-                used[called[0]] = _fusion_use(module.computations.get(called[0], ()))
-            partly, written = used[called[0]]
+            partly, written = _fusion_use(module, called[0], used)
             reads = [min(size, partly.get(n, size)) for n, size in enumerate(reads)]
             writes = writes if written is None else min(writes, written)
         total += v.times * (sum(reads) + writes)
@@ -458,11 +456,17 @@ def _main(shapes: Sequence[Shape]) -> float:
     return sum(s.bytes for s in shapes if s.space == 0)
 
 
-def _fusion_use(lines: Sequence[Instruction]) -> tuple[dict[int, float], float | None]:
+FusionUse = tuple[dict[int, float], float | None]
+
+
+def _fusion_use(module: Module, computation: str, known: dict[str, FusionUse]) -> FusionUse:
     """Of a fused computation: bytes read of each parameter that is only sliced, and bytes it writes.
 
-    The second is None where the result is written whole.
+    The second is None where the result is written whole.  `known` keeps what was found out before.
     """
+    if computation in known:
+        return known[computation]
+    lines = module.computations.get(computation, ())
     by_name = {i.name: i for i in lines}
     users: dict[str, list[Instruction]] = {}
     for i in lines:
@@ -486,6 +490,11 @@ def _fusion_use(lines: Sequence[Instruction]) -> tuple[dict[int, float], float |
                 size += sum(s.bytes for s in user.shapes)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 size += 0.0  # in place
+            elif user.opcode == "fusion":  # a fusion in a fusion
+                inner, _ = _fusion_use(module, next(iter(user.called("calls")), ""), known)
+                places = [n for n, operand in enumerate(user.operands) if operand == name]
+                whole |= not all(n in inner for n in places)
+                size += sum(inner.get(n, 0.0) for n in places)
             else:
                 whole = True
         if not whole:
@@ -502,6 +511,7 @@ def _fusion_use(lines: Sequence[Instruction]) -> tuple[dict[int, float], float |
             else:
                 sizes += _main(part.shapes)
         written = sizes if found else None
+    known[computation] = partly, written
     return partly, written
 
 
