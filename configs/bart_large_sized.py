@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = to_config_dict()
     config.batch.buckets = (512,)
     config.batch.tokens = 1024 * 512
-    config.batch.device_tokens = 8 * 512
+    config.batch.device_tokens = 16 * 512
     config.model.vocab_size = 50_304
     config.model.dim, config.model.ffn, config.model.heads = 1024, 4096, 16
     config.model.encoder_layers = config.model.decoder_layers = 12

@@ -239,7 +239,7 @@ def build_train(config: Config, machine: Machine) -> Program:
         },
         cost.train_step(config, rows, length),
         cost.loop_counts(config, rows / shares / parts, length),
-        rows * (length - 1),
+        config.batch.tokens // length * (length - 1),  # fillers hold none
         start,
     )
 

@@ -475,8 +475,8 @@ def _fusion_use(module: Module, computation: str, known: dict[str, FusionUse]) -
 
     def uses(name: str) -> Iterator[tuple[str, Instruction]]:
         for user in users.get(name, ()):
-            if user.opcode == "bitcast":
-                yield from uses(user.name)
+            if user.opcode == "bitcast" or "output_to_operand_aliasing={{}: (0, {})}" in user.attributes:
+                yield from uses(user.name)  # another view of the same memory
             else:
                 yield name, user
 
