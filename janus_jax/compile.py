@@ -1,4 +1,4 @@
-"""What a configuration will need on machines that are not here: `janus-jax compile --config=... --topology=...`.
+"""What a configuration needs on machines that are not here: `janus-jax compile --topology=v5e:16x16`.
 
 Compiles the train step, AR decoding and NAR decoding for a topology of TPUs, ahead of time, on any machine
 with libtpu; and reports for each chip: memory and whether it fits, FLOPs, what goes through the networks, and
@@ -189,7 +189,17 @@ def make_report(
     }
 
 
-_MODEL_KEYS = ("dim", "ffn", "heads", "encoder_layers", "decoder_layers", "vocab_size", "dtype", "scan_layers", "remat")
+_MODEL_KEYS = (
+    "dim",
+    "ffn",
+    "heads",
+    "encoder_layers",
+    "decoder_layers",
+    "vocab_size",
+    "dtype",
+    "scan_layers",
+    "remat",
+)
 NOTE = (
     "memory, FLOPs and collectives are those of the compiled program; seconds, tokens/s and utilisation are "
     "predictions of a roofline from published chip figures, not measurements"
@@ -276,7 +286,9 @@ def _build_decode(name: str, config: Config, machine: Machine) -> Program:
 
     def start() -> tuple[Any, ...]:
         weights = jax.jit(lambda: init_params(jax.random.key(0), config.model), out_shardings=whole)()
-        return weights, mesh.global_batch(m, {"source": _random_batch(config, rows, length)["source"]})["source"]
+        return weights, mesh.global_batch(m, {"source": _random_batch(config, rows, length)["source"]})[
+            "source"
+        ]
 
     return Program(
         name,
@@ -323,6 +335,21 @@ def build_and_compile(program: Program) -> Compiled:
             raise
         return Compiled(program, None, time.perf_counter() - start, str(error))
     return Compiled(program, executable, time.perf_counter() - start)
+
+
+def whole_arrays(compiled: Compiled, least: int = 1024) -> list[str]:
+    """Paths of arrays of the updated state, of `least` entries or more, that every device holds whole.
+
+    By the compiler's own output shardings: under fsdp there must be none.
+    """
+    state, _ = compiled.executable.output_shardings
+    abstract = compiled.program.arguments[0]
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, array), laid in zip(leaves, jax.tree.leaves(state), strict=True)
+        if array.size >= least and laid.shard_shape(array.shape) == array.shape
+    ]
 
 
 # -- the report ---------------------------------------------------------------------------------
@@ -383,13 +410,15 @@ def _memory(compiled: Compiled, limit: float | None) -> dict[str, Any]:
     else:
         analysis = compiled.executable.memory_analysis()
         kept = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # not in place of arguments
-        most = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + kept
-        # `temp` adds up what never lives at the same time on some backends; the peak does not.
-        peak = min(getattr(analysis, "peak_memory_in_bytes", 0) or most, most)
-        found["batch_and_padding"] = max(0.0, analysis.argument_size_in_bytes - sum(state.values()))
-        found["temporaries"] = max(0.0, peak - analysis.argument_size_in_bytes)
+        given = analysis.argument_size_in_bytes
+        found["temporaries"] = float(analysis.temp_size_in_bytes + kept)
+        if compiled.program.mesh.devices.flat[0].platform == "tpu":
+            # There `temp` adds up what never lives at the same time; the peak, arguments included, does not.
+            found["temporaries"] = max(0.0, analysis.peak_memory_in_bytes - given)
+        # A program may leave parameters out that it does not need; they are there all the same.
+        found["batch_and_padding"] = max(0.0, given - sum(state.values()))
         found["code"] = float(analysis.generated_code_size_in_bytes)
-        total = max(peak, analysis.argument_size_in_bytes) + found["code"]
+        total = sum(found.values())
     fits = compiled.executable is not None and (limit is None or total <= limit)
     return {**found, "total": total, "limit": limit, "fits": fits}
 
@@ -432,14 +461,18 @@ def print_report(found: dict[str, Any]) -> None:
     columns = ["per chip", *(_title(name, p) for name, p in programs.items())]
     report.table("", columns, [[label, *cells] for label, cells in rows if any(cells)])
     figures = "figures measured here" if chip["measured"] else "published chip figures"
-    print(f"(p) predicted by a roofline from {figures}, with communication overlapping with nothing; not measured")
+    print(f"(p) predicted, not measured: a roofline from {figures}; communication overlaps with nothing")
     for name, p in programs.items():
         for loop in p.get("loops", {}).get("counted_once", ()):
             print(f"counted once, for its length depends on data: {name}: {loop}")
     if found["remedy"]:
         print(f"does not fit; the nearest setting that does: {found['remedy']['flags']}")
     elif not found["fits"]:
-        print("does not fit, nor with more micro-batches, remat or fsdp" if "train" in programs else "does not fit")
+        print(
+            "does not fit, nor with more micro-batches, remat or fsdp"
+            if "train" in programs
+            else "does not fit"
+        )
 
 
 def _title(name: str, p: dict[str, Any]) -> str:
@@ -552,18 +585,16 @@ def candidates(config: Config, machine: Machine) -> Iterator[dict[str, Any]]:
 
 
 def _one_host(config: Config, machine: Machine) -> Mesh:
-    """All chips of one host as replicas: where decoding happens."""
+    """All chips of one host as replicas: where decoding happens.
+
+    The compiler takes whole slices alone, so for a pod it is a slice of one host: four chips in a square.
+    """
     if machine.devices is None:
         return mesh.local_mesh(config.mesh)
-    first = machine.devices[0]
-    here = [
-        d
-        for d in machine.devices
-        if d.process_index == first.process_index
-        and getattr(d, "slice_index", 0) == getattr(first, "slice_index", 0)
-    ]
-    laid = np.array(here).reshape(-1, 1, 1)
-    return Mesh(laid, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
+    chip, _, shape = machine.topology.partition(":")
+    host = mesh.topology_devices(f"{chip}:{'2x2x1' if shape.count('x') == 2 else '2x2'}")
+    axes = (AxisType.Auto,) * len(sharding.AXES)
+    return Mesh(np.array(host).reshape(-1, 1, 1), sharding.AXES, axis_types=axes)
 
 
 def _bytes(abstract: Any, laid: Any) -> float:

@@ -2,7 +2,7 @@
 
 XLA's cost analysis counts the body of a loop once, and the loss and both decoders are loops whose length
 depends on the data; so matrix products are counted here, by formula.  A product of [m, k] and [k, n] is
-2 m k n FLOPs.  Softmax, norms, dropout and the optimiser are left out: some percent in time, nothing in FLOPs.
+2 m k n FLOPs.  Softmax, norms, dropout and the optimiser are left out: they cost memory traffic, not FLOPs.
 Every padded slot counts, for it is computed; so these are the FLOPs of full rows.
 
 Letters: B rows, S source length, T target length, N decoder slots, C content slots, D model width, F ffn
@@ -41,9 +41,10 @@ def train_step(config: Config, rows: int, length: int) -> Flops:
     c = config.model
     rows_run = rows * (2 if config.loss.objective == "rdrop" else 1)
     layers = encoder(c, rows_run, length) + decoder(c, config, rows_run, length, length)
-    rest = projections(config, rows, length)
-    forward = layers + rest
-    return Flops(3 * forward, 3 * forward + (layers if c.remat else 0.0))
+    lengths = rows_run * 2 * c.dim * (c.max_length + 1)  # computed always, differentiated where it is read
+    lengths *= 3 if "length" in losses.coefficients(config.loss) else 1
+    total = 3 * (layers + projections(config, rows, length)) + lengths
+    return Flops(total, total + (layers if c.remat else 0.0))
 
 
 def encoder(c: ModelConfig, rows: float, length: float) -> float:
@@ -71,17 +72,16 @@ def decoder(c: ModelConfig, config: Config, rows: float, source: float, target: 
 
 
 def projections(config: Config, rows: float, length: int) -> float:
-    """Output projections that the loss reads, forward, and the length table."""
+    """Output projections that the loss reads, forward."""
     c = config.model
     need = losses.streams_needed(config.loss)
     one = 2 * c.dim * c.vocab_size
     names = [n for n in losses.CROSS_ENTROPIES if need[n]]
     if config.loss.chunk == 0:
-        per_row = length * (len(names) * (2 if config.loss.objective == "rdrop" else 1))
+        per_row = float(length) * (len(names) * (2 if config.loss.objective == "rdrop" else 1))
     else:
         per_row = sum(walk.streams * walk.per_row for walk in loss_walks(config, length).values())
-    length_classes = 2 * c.dim * (c.max_length + 1) * (2 if config.loss.objective == "rdrop" else 1)
-    return rows * (per_row * one + length_classes)
+    return rows * per_row * one
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def ar_decode(config: Config, rows: int, source: int, steps: float) -> Flops:
 
 
 def nar_decode(config: Config, rows: int, source: int, slots: int) -> Flops:
-    """Mask-predict of `rows` sentences: `decode.candidates` canvases of `slots`, `decode.iterations` passes."""
+    """Mask-predict: `decode.iterations` passes over `rows` x `decode.candidates` canvases of `slots`."""
     c = config.model
     d, f, canvases = c.dim, c.ffn, config.decode.candidates
     self_attention = 2 * 4 * slots * d * d + 2 * 2 * slots * slots * d

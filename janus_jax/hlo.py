@@ -127,13 +127,16 @@ class Collective:
         """
         n, g = sum(s.bytes for s in self.shapes), self.group
         share = (g - 1) / g
-        return n * {
-            "all-gather": g - 1,
-            "all-reduce": 2 * share,
-            "reduce-scatter": share,
-            "all-to-all": share,
-            "collective-permute": 1,
-        }[self.kind]
+        return (
+            n
+            * {
+                "all-gather": g - 1,
+                "all-reduce": 2 * share,
+                "reduce-scatter": share,
+                "all-to-all": share,
+                "collective-permute": 1,
+            }[self.kind]
+        )
 
 
 @dataclass
@@ -151,7 +154,8 @@ def parse(text: str) -> Module:
       HloError: no computation is marked as the entry.
     """
     computations: dict[str, tuple[Instruction, ...]] = {}
-    entry, name, lines = "", "", []
+    entry, name = "", ""
+    lines: list[Instruction] = []
     for line in text.splitlines():
         if line[:1] not in ("", " ", "}") and line.endswith("{"):
             head = line.removeprefix("ENTRY ")
@@ -258,7 +262,9 @@ def collectives(
             if key in seen:
                 continue
             seen.add(key)
-        into = tuple(s for name in i.operands for s in shapes[v.computation].get(name, ()) if s.dtype != "token")
+        into = tuple(
+            s for name in i.operands for s in shapes[v.computation].get(name, ()) if s.dtype != "token"
+        )
         if i.opcode == "send":
             found.append(
                 Collective(kind, into, max(slices, 2), True, v.times, i.op_name, into, transfer=True)
@@ -268,7 +274,9 @@ def collectives(
         group = len(groups[0]) if groups else devices
         if kind == "collective-permute":
             group, groups = 2, _pairs(i.attributes)
-        crosses = slices > 1 and slice_of is not None and len(slice_of) > 1 and _crosses(groups, slice_of, devices)
+        crosses = (
+            slices > 1 and slice_of is not None and len(slice_of) > 1 and _crosses(groups, slice_of, devices)
+        )
         found.append(Collective(kind, into, group, crosses, v.times, i.op_name, i.shapes))
     return [c for c in found if c.group > 1]
 

@@ -270,10 +270,12 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     """
     chip, _, shape = name.partition(":")
     if chip not in TOPOLOGIES or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        near = difflib.get_close_matches(name, [f"{c}:{s}" for c, all_ in TOPOLOGIES.items() for s in all_], 1)
+        near = difflib.get_close_matches(
+            name, [f"{c}:{s}" for c, all_ in TOPOLOGIES.items() for s in all_], 1
+        )
         raise MeshError(
-            f"there is no topology {name!r}{f'; did you mean {near[0]!r}?' if near else ''}  Write GENERATION:SHAPE, "
-            + ", or ".join(f"{c}:{{{','.join(TOPOLOGIES[c])}}}" for c in TOPOLOGIES)
+            f"there is no topology {name!r}{f'; did you mean {near[0]!r}?' if near else ''}  Write "
+            "GENERATION:SHAPE, " + ", or ".join(f"{c}:{{{','.join(TOPOLOGIES[c])}}}" for c in TOPOLOGIES)
         )
     # Without these, libtpu looks for the machine that it is on, and complains when there is none.
     for key, value in _NO_TPU_HERE.items():
@@ -288,14 +290,16 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
             raise MeshError(
                 "compiling for TPUs needs libtpu, which is not installed: pip install 'janus-jax[tpu]'"
             ) from error
-        raise MeshError(
-            f"{name!r} is no slice of {chip}: {str(error).partition(chr(10))[0]}; choose one of "
-            f"{', '.join(TOPOLOGIES[chip])}"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        if "INVALID_ARGUMENT" in reason:
+            shapes = ", ".join(TOPOLOGIES[chip])
+            raise MeshError(f"{name!r} is no slice of {chip}: {reason}; choose one of {shapes}") from error
+        raise MeshError(f"libtpu cannot describe {name!r}: {reason}") from error
 
 
 _NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so none needs to be locked
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_WORKER_HOSTNAMES": "localhost",
