@@ -46,8 +46,8 @@ def test_two_slices_reduce_inside_before_they_talk():
     found = compile.describe(compile.build_and_compile(program), machine)
     moved = {(c["kind"], c["network"]): c["bytes"] for c in found["collectives"]}
     parameters = found["memory"]["parameters"]
-    # Each of four chips sends at least its quarter of the gradient to the other slice.  (Small arrays, as here
-    # most are, go whole.)
+    # Each of four chips sends at least its quarter of the gradient to the other slice.  (Small arrays, as
+    # most are here, go whole.)
     assert parameters / 4 < moved["all-reduce", "dcn"] < 2 * parameters
     assert (
         moved["all-gather", "ici"] + moved.get(("reduce-scatter", "ici"), 0) + moved["all-reduce", "ici"] > 0
