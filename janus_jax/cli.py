@@ -222,7 +222,8 @@ def _compile(args: argparse.Namespace, overrides: Overrides) -> int:
     config = resolve_config(args.config, args.workdir, overrides)
     from janus_jax import compile as verb
 
-    use_compilation_cache()
+    if args.topology == verb.LOCAL:
+        use_compilation_cache()
     memory = args.memory * 2**30 if args.memory else None
     return verb.run(
         config, args.topology, args.slices, programs=args.programs.split(","), memory=memory, to=args.json

@@ -280,6 +280,8 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     # Without these, libtpu looks for the machine that it is on, and complains when there is none.
     for key, value in _NO_TPU_HERE.items():
         os.environ.setdefault(key, value)
+    # A program for absent devices cannot be read back from the cache: jax warns, and compiles again.
+    jax.config.update("jax_enable_compilation_cache", False)
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if chip == "v4":
         options["chip_config_name"] = "megacore"  # one device per chip, as on the machines themselves

@@ -172,6 +172,14 @@ def test_the_batch_with_most_slots():
         compile.batch_shape(tiny(), 96)
 
 
+@pytest.fixture
+def cache():
+    """Asking for a topology switches the compilation cache off; the tests after this one want it."""
+    before = jax.config.jax_enable_compilation_cache
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
 # -- wrong requests -------------------------------------------------------------------------------
 
 
@@ -189,7 +197,7 @@ def test_topologies_that_there_are_not(name, remedy):
         mesh.topology_devices(name)
 
 
-def test_without_libtpu(monkeypatch):
+def test_without_libtpu(monkeypatch, cache):
     def missing(**_):
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
 
@@ -198,7 +206,7 @@ def test_without_libtpu(monkeypatch):
         mesh.topology_devices("v5e:4x4")
 
 
-def test_shapes_that_the_compiler_refuses(monkeypatch):
+def test_shapes_that_the_compiler_refuses(monkeypatch, cache):
     def refused(**_):
         raise RuntimeError("INVALID_ARGUMENT: not divisible\nmore")
 
