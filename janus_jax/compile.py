@@ -247,7 +247,7 @@ def build_train(config: Config, machine: Machine) -> Program:
             "parameters": _bytes(abstract.params, laid.params),
             "optimizer": _bytes(abstract.opt_state, laid.opt_state) + _bytes(abstract.ema, laid.ema),
         },
-        cost.train_step(config, rows, length),
+        cost.train_step(config, rows, length, shares * parts),
         cost.loop_counts(config, rows / shares / parts, length),
         config.batch.tokens // length * (length - 1),  # fillers hold none
         start,

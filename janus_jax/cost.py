@@ -30,11 +30,16 @@ class Flops:
     """FLOPs of one run of a program, over all devices."""
 
     model: float  # what the method needs
-    executed: float  # with what is computed twice: layers under model.remat
+    executed: (
+        float  # with what is computed twice (layers under model.remat) or for nothing (half-empty chunks)
+    )
 
 
-def train_step(config: Config, rows: int, length: int) -> Flops:
+def train_step(config: Config, rows: int, length: int, walks: int = 1) -> Flops:
     """One update at `rows` x `length` slots of source and of target.
+
+    `walks` is how many times the chunked loss is walked, each over its part of the rows: devices that cut
+    rows x micro-batches.  The last chunk of each is computed whole, however few slots are left for it.
 
     Backward costs twice the forward pass: a product's gradient by either factor is a product of that size.
     """
@@ -44,7 +49,13 @@ def train_step(config: Config, rows: int, length: int) -> Flops:
     lengths = rows_run * 2 * c.dim * (c.max_length + 1)  # computed always, differentiated where it is read
     lengths *= 3 if "length" in losses.coefficients(config.loss) else 1
     total = 3 * (layers + projections(config, rows, length)) + lengths
-    return Flops(total, total + (layers if c.remat else 0.0))
+    empty = 0.0
+    if config.loss.chunk:
+        for walk in loss_walks(config, length).values():
+            slots = rows / walks * walk.per_row
+            empty += walk.streams * (math.ceil(slots / config.loss.chunk) * config.loss.chunk - slots)
+    wasted = 3 * empty * walks * 2 * c.dim * c.vocab_size
+    return Flops(total, total + wasted + (layers if c.remat else 0.0))
 
 
 def encoder(c: ModelConfig, rows: float, length: float) -> float:

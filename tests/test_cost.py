@@ -95,6 +95,12 @@ def test_the_chunked_loss_projects_what_it_reads():
     fewer = 3 * 12 - (3 * share * 12 + 11 - share * 12)
     difference = cost.train_step(plain, 4, 12).model - cost.train_step(chunked, 4, 12).model
     assert math.isclose(difference, 3 * 4 * fewer * 2 * 16 * 120)
+    empty = cost.train_step(chunked, 4, 12, walks=4)  # a row for each walk
+    assert empty.model == cost.train_step(chunked, 4, 12).model
+    chunks = {n: math.ceil(walk.per_row / 8) * 8 for n, walk in walks.items()}
+    computed = sum(chunks[n] * walks[n].streams for n in walks)
+    needed = sum(walk.per_row * walk.streams for walk in walks.values())
+    assert math.isclose(empty.executed - empty.model, 3 * 4 * (computed - needed) * 2 * 16 * 120)
     assert cost.loop_counts(chunked, 4, 12) == {
         "loss_masked": math.ceil(4 * share * 12 / 8),
         "loss_unmasked": math.ceil(4 * (11 - share * 12) / 8),
