@@ -1,13 +1,18 @@
+import dataclasses
 import functools
 import json
 import math
+import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from janus_jax import chips, cli, compile, config, hlo, mesh, sharding
+from janus_jax import chips, cli, compile, config, hlo, mesh, report, sharding
+
+TABLE = pathlib.Path(__file__).parents[1] / "launch" / "tables" / "scaling.py"
 
 # The vocabulary has a prime factor (251) that no other axis has, and no number of slots divides dim: so a
 # collective over logits can be told from one over a table (`hlo.logits_moved`).
@@ -260,3 +265,26 @@ def test_rows_stay_with_their_devices():
     state, batch = program.arguments
     assert batch["target"].sharding == NamedSharding(program.mesh, PartitionSpec(sharding.ROWS))
     assert state.params["target_table"].sharding.spec == PartitionSpec("tensor", "fsdp")
+
+
+def test_the_table_of_several_reports(tmp_path, capsys, machine):
+    table = runpy.run_path(str(TABLE))
+    two = compile.Machine("local", 1, None, CHIP, 2**30)
+    found = compile.make_report(tiny(), two, [])
+    found["programs"]["train"] = compile.describe(update("data=8"), dataclasses.replace(two, devices=[]))
+    large = json.loads(json.dumps(found))
+    large["programs"]["train"]["predicted"]["tokens_per_s"] *= 0.5
+    too_large = json.loads(json.dumps(found))
+    del too_large["programs"]["train"]["predicted"]
+    paths = []
+    for i, one in enumerate((found, large, too_large)):
+        paths.append(str(tmp_path / f"{i}.json"))
+        report.write_json(tmp_path / f"{i}.json", one)
+    assert table["main"](paths) == 0
+    head, rule, *lines = capsys.readouterr().out.splitlines()
+    assert head.count("|") == rule.count("|") == 20
+    assert [line.count("|") for line in lines] == [20] * 3
+    assert lines[0].endswith("| 100% |")
+    assert lines[1].endswith("| 50% |")
+    assert "does not fit" in lines[2]
+    assert table["main"]([]) == 2

@@ -3,7 +3,7 @@
     python launch/tables/scaling.py FILE.json ...
 
 Memory and collectives are per chip and those of the compiled train step; columns marked (p) are predicted.
-Efficiency is the predicted target tokens/s per chip against that of the first file.
+Efficiency is the predicted target tokens/s per chip against that of the first file, on the same chip.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ def main(paths: list[str]) -> int:
         print((__doc__ or "").strip(), file=sys.stderr)
         return 2
     found = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
-    first = _per_chip(found[0])
     print("| " + " | ".join(COLUMNS) + " |")
     print("|" + " --- |" * len(COLUMNS))
     for one in found:
-        print("| " + " | ".join(_line(one, first)) + " |")
+        print("| " + " | ".join(_line(one, found[0])) + " |")
     return 0
 
 
-def _line(one: dict[str, Any], first: float) -> list[str]:
+def _line(one: dict[str, Any], first: dict[str, Any]) -> list[str]:
     train, mesh = one["programs"]["train"], one["mesh"]
     memory, shape = train["memory"], train["shape"]
     name = f"{one['slices']} x {one['topology']}" if one["slices"] > 1 else one["topology"]
@@ -51,6 +50,7 @@ def _line(one: dict[str, Any], first: float) -> list[str]:
     if "predicted" not in train:
         return [*cells, "does not fit", *[""] * (len(COLUMNS) - len(cells) - 1)]
     sent = {n: sum(c["bytes"] for c in train["collectives"] if c["network"] == n) for n in ("ici", "dcn")}
+    comparable = one["chip"] == first["chip"] and _per_chip(first) > 0
     seconds, predicted = train["roofline_seconds"], train["predicted"]
     return [
         *cells,
@@ -61,7 +61,7 @@ def _line(one: dict[str, Any], first: float) -> list[str]:
         f"{1000 * predicted['seconds']:,.1f} ms",
         f"{predicted['tokens_per_s']:,.0f}",
         f"{predicted['utilisation']:.1%}",
-        f"{_per_chip(one) / first:.0%}" if first else "",
+        f"{_per_chip(one) / _per_chip(first):.0%}" if comparable else "",
     ]
 
 
