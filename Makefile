@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types clean
+.PHONY: demo test topology lint types clean
 
 demo: $(READY)
 	$(BIN)/janus-jax demo --config=configs/demo.py --workdir=runs/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Compiles for TPU topologies, which needs libtpu but no TPU.
+topology: $(READY)
+	$(BIN)/python -m pip install --quiet -e '.[dev,tpu]'
+	$(BIN)/python -m pytest -n 0 tests/tpu/topologies.py
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

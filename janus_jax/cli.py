@@ -218,6 +218,18 @@ def _bench(args: argparse.Namespace, overrides: Overrides) -> int:
     return bench.bench(config, args.workdir)
 
 
+def _compile(args: argparse.Namespace, overrides: Overrides) -> int:
+    config = resolve_config(args.config, args.workdir, overrides)
+    from janus_jax import compile as verb
+
+    if args.topology == verb.LOCAL:
+        use_compilation_cache()
+    memory = args.memory * 2**30 if args.memory else None
+    return verb.run(
+        config, args.topology, args.slices, programs=args.programs.split(","), memory=memory, to=args.json
+    )
+
+
 def _demo(args: argparse.Namespace, overrides: Overrides) -> int:
     config = resolve_config(args.config, args.workdir, overrides)
     from janus_jax import demo
@@ -353,6 +365,20 @@ Measure training and decoding speed and memory, on the model of a run or on rand
 
   janus-jax bench --workdir=runs/m30k
   janus-jax bench --config=configs/multi30k_deen.py
+"""
+
+COMPILE = """\
+Compile for TPUs that are not here, and report what each chip would need: memory and whether it fits,
+FLOPs, collectives, the roofline and the time it predicts.
+
+  janus-jax compile --config=configs/wmt14_ende.py --topology=v5e:16x16 --slices=2
+  janus-jax compile --config=configs/demo.py --topology=local     run here, measured beside predicted
+
+Needs the extra [tpu], which holds libtpu, the compiler; no TPU.  v4 and v5p have slices in three
+dimensions (v4:4x4x8), v5e and v6e in two.  Lines marked (p) are predictions of a model.
+
+exit codes: 1 when it does not fit; the nearest setting that does (micro-batches, remat, fsdp) is
+compiled too and named.
 """
 
 PLOT = """\
@@ -554,6 +580,34 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     _add_decoding(flags_)
     with_config("bench", _bench, BENCH, needs_workdir=False)
+    with_config("compile", _compile, COMPILE, needs_workdir=False)
+    flags_ = verbs["compile"]
+    flags_.add_argument(
+        "--topology",
+        default="local",
+        metavar="NAME",
+        help="generation and shape of a slice, such as v5e:16x16; local: the devices here (default: local)",
+    )
+    flags_.add_argument("--slices", type=_positive, default=1, metavar="N", help="slices (default: 1)")
+    flags_.add_argument(
+        "--programs",
+        default="train,ar,nar",
+        metavar="NAME,...",
+        help="what to compile: train, ar, nar (default: all)",
+    )
+    flags_.add_argument(
+        "--memory",
+        type=_gibibytes,
+        metavar="GIB",
+        help="what a program may take on a chip (default: all that the chip has)",
+    )
+    flags_.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write the report as JSON; without FILE, to standard output in place of the tables",
+    )
     flags_ = verb("plot", _plot, PLOT)
     flags_.add_argument(
         "--workdir",
@@ -653,6 +707,16 @@ def _positive(text: str) -> int:
     if not (text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"must be a number from 1 up, got {text!r}")
     return int(text)
+
+
+def _gibibytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
 
 
 def _mode(text: str) -> str:

@@ -8,14 +8,16 @@ Letters: B rows of the global batch.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -248,3 +250,60 @@ def set_compilation_cache(folder: str | os.PathLike[str]) -> None:
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+# Shapes of slices that Cloud TPU offers; other products work as well.
+_PLANES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+TOPOLOGIES = {"v4": _CUBES, "v5e": _PLANES, "v5p": _CUBES, "v6e": _PLANES}
+
+
+def topology_devices(name: str, slices: int = 1) -> list[Any]:
+    """Descriptions of the devices of TPU slices that need not be here: to compile for, not to run on.
+
+    Args:
+      name: generation and shape of one slice, such as "v5e:16x16" or "v4:4x4x8".
+      slices: how many of them.
+
+    Raises:
+      MeshError: no such topology, or libtpu, which holds the compiler, is not installed.
+    """
+    chip, _, shape = name.partition(":")
+    if chip not in TOPOLOGIES or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        near = difflib.get_close_matches(
+            name, [f"{c}:{s}" for c, all_ in TOPOLOGIES.items() for s in all_], 1
+        )
+        raise MeshError(
+            f"there is no topology {name!r}{f'; did you mean {near[0]!r}?' if near else ''}  Write "
+            "GENERATION:SHAPE, " + ", or ".join(f"{c}:{{{','.join(TOPOLOGIES[c])}}}" for c in TOPOLOGIES)
+        )
+    # Without these, libtpu looks for the machine that it is on, and complains when there is none.
+    for key, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(key, value)
+    # A program for absent devices cannot be read back from the cache: jax warns, and compiles again.
+    jax.config.update("jax_enable_compilation_cache", False)
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if chip == "v4":
+        options["chip_config_name"] = "megacore"  # one device per chip, as on the machines themselves
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+    except Exception as error:
+        if "not installed" in str(error) or isinstance(error, ImportError):
+            raise MeshError(
+                "compiling for TPUs needs libtpu, which is not installed: pip install 'janus-jax[tpu]'"
+            ) from error
+        reason = str(error).partition("\n")[0]
+        if "INVALID_ARGUMENT" in reason:
+            shapes = ", ".join(TOPOLOGIES[chip])
+            raise MeshError(f"{name!r} is no slice of {chip}: {reason}; choose one of {shapes}") from error
+        raise MeshError(f"libtpu cannot describe {name!r}: {reason}") from error
+
+
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so none needs to be locked
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}

@@ -12,7 +12,7 @@ import janus_jax
 from janus_jax import cli, config, mesh, run
 from janus_jax.config import Config, DecodeConfig
 
-VERBS = ("prepare", "train", "evaluate", "translate", "bench", "plot", "demo")
+VERBS = ("prepare", "train", "evaluate", "translate", "bench", "compile", "plot", "demo")
 BASE = "from janus_jax import config\ndef get_config():\n    c = config.to_config_dict()\n"
 
 

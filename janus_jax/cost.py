@@ -1,0 +1,187 @@
+"""What a configuration computes: FLOPs counted from its shapes, and how often its data-dependent loops run.
+
+XLA's cost analysis counts the body of a loop once, and the loss and both decoders are loops whose length
+depends on the data; so matrix products are counted here, by formula.  A product of [m, k] and [k, n] is
+2 m k n FLOPs.  Softmax, norms, dropout and the optimiser are left out: they cost memory traffic, not FLOPs.
+Every padded slot counts, for it is computed; so these are the FLOPs of full rows.
+
+Letters: B rows, S source length, T target length, N decoder slots, C content slots, D model width, F ffn
+width, V vocabulary, L length classes, G length candidates or beams.
+Room: pure core.  Imports config, batch and losses.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from janus_jax import losses
+from janus_jax.batch import corrupt, example_rng
+from janus_jax.config import BatchConfig, Config, ModelConfig, SpecialIds
+
+SAMPLES = 512  # targets whose masks are drawn to find the mean share of M
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one run of a program, over all devices."""
+
+    model: float  # what the method needs
+    executed: (
+        float  # with what is computed twice (layers under model.remat) or for nothing (half-empty chunks)
+    )
+
+
+def train_step(config: Config, rows: int, length: int, walks: int = 1) -> Flops:
+    """One update at `rows` x `length` slots of source and of target.
+
+    `walks` is how many times the chunked loss is walked, each over its part of the rows: devices that cut
+    rows x micro-batches.  The last chunk of each is computed whole, however few slots are left for it.
+
+    Backward costs twice the forward pass: a product's gradient by either factor is a product of that size.
+    """
+    c = config.model
+    rows_run = rows * (2 if config.loss.objective == "rdrop" else 1)
+    layers = encoder(c, rows_run, length) + decoder(c, config, rows_run, length, length)
+    lengths = rows_run * 2 * c.dim * (c.max_length + 1)  # computed always, differentiated where it is read
+    lengths *= 3 if "length" in losses.coefficients(config.loss) else 1
+    total = 3 * (layers + projections(config, rows, length)) + lengths
+    empty = 0.0
+    if config.loss.chunk:
+        for walk in loss_walks(config, length).values():
+            slots = rows / walks * walk.per_row
+            empty += walk.streams * (math.ceil(slots / config.loss.chunk) * config.loss.chunk - slots)
+    wasted = 3 * empty * walks * 2 * c.dim * c.vocab_size
+    return Flops(total, total + wasted + (layers if c.remat else 0.0))
+
+
+def encoder(c: ModelConfig, rows: float, length: float) -> float:
+    """All encoder layers, forward: self-attention and feed-forward over [rows, length, D]."""
+    d, f = c.dim, c.ffn
+    attention = 2 * length * (4 * d * d) + 2 * length * length * d * 2
+    return c.encoder_layers * rows * (attention + 2 * length * 2 * d * f)
+
+
+def decoder(c: ModelConfig, config: Config, rows: float, source: float, target: float) -> float:
+    """All decoder layers, forward, over every stream that the objective needs (`models.streams`)."""
+    d, f = c.dim, c.ffn
+    need = losses.streams_needed(config.loss)
+    slots = content = scores = 0.0  # scores: query x key pairs of self-attention
+    if need["ar"]:
+        queries = 2 if c.ar_stream == "query" else 1
+        slots, content, scores = slots + queries * target, content + target, scores + queries * target**2
+    if need["nar"]:
+        slots, content, scores = slots + target, content + target, scores + target**2
+    if need["aux"]:
+        slots, content, scores = slots + 2 * target, content + target, scores + (2 * target) ** 2
+    self_attention = 2 * (2 * slots + 2 * content) * d * d + 2 * 2 * scores * d
+    cross = 2 * (2 * slots + 2 * source) * d * d + 2 * 2 * slots * source * d
+    return c.decoder_layers * rows * (self_attention + cross + 2 * slots * 2 * d * f)
+
+
+def projections(config: Config, rows: float, length: int) -> float:
+    """Output projections that the loss reads, forward."""
+    c = config.model
+    need = losses.streams_needed(config.loss)
+    one = 2 * c.dim * c.vocab_size
+    names = [n for n in losses.CROSS_ENTROPIES if need[n]]
+    if config.loss.chunk == 0:
+        per_row = float(length) * (len(names) * (2 if config.loss.objective == "rdrop" else 1))
+    else:
+        per_row = sum(walk.streams * walk.per_row for walk in loss_walks(config, length).values())
+    return rows * per_row * one
+
+
+@dataclass(frozen=True)
+class LossWalk:
+    """One pass of the chunked loss over some slots."""
+
+    streams: int  # distributions projected at each slot
+    per_row: float  # slots of one row, on average
+
+
+def loss_walks(config: Config, length: int) -> dict[str, LossWalk]:
+    """The passes of the chunked loss (`chunked._walks`), by the name of their loop: slots of full rows."""
+    need = losses.streams_needed(config.loss)
+    share = masked_share(config.batch, config.model.ids, length)
+    names = [n for n in losses.CROSS_ENTROPIES if n in losses.coefficients(config.loss) or need[n]]
+    tokens = float(length - 1)  # BOS is given
+    if config.loss.objective == "rdrop":
+        return {"loss_tokens": LossWalk(2, tokens)}
+    if names == ["ar"]:
+        return {"loss_tokens": LossWalk(1, tokens)}
+    masked = share * length
+    walks = {"loss_masked": LossWalk(len(names), masked)}
+    return {**walks, "loss_unmasked": LossWalk(1, tokens - masked)} if need["ar"] else walks
+
+
+def loop_counts(config: Config, rows: float, length: int) -> dict[str, float]:
+    """How often the loops of the chunked loss run on one device: {name of the loop: times}.
+
+    Args:
+      config: gives the chunk and the sampler of masks.
+      rows: rows of the batch that one device holds at a time (of one micro-batch).
+      length: padded length; rows are taken to be full.
+    """
+    if config.loss.chunk == 0:
+        return {}
+    found = loss_walks(config, length)
+    return {name: math.ceil(rows * walk.per_row / config.loss.chunk) for name, walk in found.items()}
+
+
+@functools.lru_cache(maxsize=32)
+def masked_share(config: BatchConfig, ids: SpecialIds, length: int) -> float:
+    """Mean of |M| / length over drawn masks of targets that fill the bucket; always the same number."""
+    target = np.full(length, ids.mask + 1, np.int32)
+    drawn = [corrupt(target, example_rng(0, 0, i), config, ids).mean() for i in range(SAMPLES)]
+    return float(np.mean(drawn))
+
+
+def ar_decode(config: Config, rows: int, source: int, steps: float) -> Flops:
+    """Cached AR decoding of `rows` sentences for `steps` tokens each, at `decode.beam` beams.
+
+    Each step feeds a content slot, and a query slot where `model.ar_stream` is "query", and attends the whole
+    cache, whose length is static.
+    """
+    c = config.model
+    d, f, beams = c.dim, c.ffn, config.decode.beam
+    slots = 2 if c.ar_stream == "query" else 1
+    cache = decode_slots(config, source)
+    self_attention = 2 * (2 * slots + 2) * d * d + 2 * 2 * slots * cache * d
+    cross = 2 * (2 * slots) * d * d + 2 * 2 * slots * source * d
+    layer = self_attention + cross + 2 * slots * 2 * d * f
+    step = rows * beams * (c.decoder_layers * layer + 2 * d * c.vocab_size)
+    total = _memory(c, rows, source) + steps * step
+    return Flops(total, total)
+
+
+def nar_decode(config: Config, rows: int, source: int, slots: int) -> Flops:
+    """Mask-predict: `decode.iterations` passes over `rows` x `decode.candidates` canvases of `slots`."""
+    c = config.model
+    d, f, canvases = c.dim, c.ffn, config.decode.candidates
+    self_attention = 2 * 4 * slots * d * d + 2 * 2 * slots * slots * d
+    cross = 2 * 2 * slots * d * d + 2 * 2 * slots * source * d
+    layer = self_attention + cross + 2 * slots * 2 * d * f
+    one = rows * canvases * (c.decoder_layers * layer + slots * 2 * d * c.vocab_size)
+    passes = config.decode.iterations
+    if config.decode.rescore:
+        passes += 2  # both AR streams through the layers, counted as two passes
+    total = _memory(c, rows, source) + passes * one
+    return Flops(total, total)
+
+
+def decode_slots(config: Config, source: int) -> int:
+    """The most target tokens of a source padded to `source` (`Generator.slots`)."""
+    c, decode = config.model, config.decode
+    wanted = int(decode.max_length_a * source) + decode.max_length_b
+    table = c.max_positions - 1 if c.positions == "learned" else wanted
+    return max(1, min(wanted, table, c.max_length - 1))
+
+
+def _memory(c: ModelConfig, rows: int, source: int) -> float:
+    """Encoder, its keys and values for every decoder layer, and length classes."""
+    keys_values = c.decoder_layers * 2 * source * 2 * c.dim * c.dim
+    return encoder(c, rows, source) + rows * (keys_values + 2 * c.dim * (c.max_length + 1))

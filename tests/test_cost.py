@@ -1,0 +1,150 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from janus_jax import batch, config, cost, hlo, losses, step
+from janus_jax.generate import Generator
+from janus_jax.models import init_params
+
+
+def configuration(objective="janus", chunk=0, **model):
+    sizes = {
+        "vocab_size": 120, "dim": 16, "ffn": 24, "heads": 2, "encoder_layers": 2, "decoder_layers": 3,
+        "max_positions": 32, "max_length": 31, "dropout": 0.0,
+    }  # fmt: skip
+    return config.from_dict(
+        {
+            "batch": {"buckets": (12,), "tokens": 48},
+            "model": {**sizes, **model},
+            "loss": {"objective": objective, "chunk": chunk},
+            "decode": {"beam": 2, "candidates": 3, "iterations": 4},
+        }
+    )
+
+
+def products(jaxpr):
+    """FLOPs of all matrix products of a jaxpr, loops of known length counted as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += times * products(inner)
+    return total
+
+
+def update(c, rows, length):
+    shapes = batch.spec(rows, length).items()
+    abstract = {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes}
+    state = jax.eval_shape(functools.partial(step.init_state, c))
+    return functools.partial(step.train_step, config=c), state, abstract
+
+
+@pytest.mark.parametrize("objective", ["janus", "ar", "cmlm", "rdrop"])
+def test_the_plain_update_has_exactly_these_products(objective):
+    c = configuration(objective)
+    function, *arguments = update(c, 4, 12)
+    counted = products(jax.make_jaxpr(function)(*arguments).jaxpr)
+    assert cost.train_step(c, 4, 12) == cost.Flops(counted, counted)
+
+
+def test_the_classic_decoder_and_no_aux():
+    for c in (configuration("ar", ar_stream="content"), no_aux(configuration())):
+        function, *arguments = update(c, 4, 12)
+        assert cost.train_step(c, 4, 12).model == products(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def no_aux(c):
+    values = c.to_dict()
+    values["loss"] |= {"aux": 0.0, "kl_nar_aux": 0.0, "kl_ar_aux": 0.0}
+    return config.from_dict(values)
+
+
+def test_layers_under_remat_are_computed_once_more():
+    plain, again = cost.train_step(configuration(), 4, 12), cost.train_step(configuration(remat=True), 4, 12)
+    assert again.model == plain.model
+    assert plain.model < again.executed < 4 / 3 * plain.model
+
+
+def test_xla_agrees_where_there_are_no_loops():
+    c = configuration(dim=64, ffn=256, vocab_size=1000, encoder_layers=1, decoder_layers=1)
+    function, *arguments = update(c, 4, 12)
+    compiled = jax.jit(function).lower(*arguments).compile()
+    counted = compiled.cost_analysis()
+    assert 1 <= counted["flops"] / cost.train_step(c, 4, 12).model < 1.25  # XLA counts all arithmetic
+    traffic = hlo.memory_bytes(hlo.parse(compiled.as_text()), hlo.Counts())
+    assert 0.8 < traffic / counted["bytes accessed"] < 1.25
+
+
+def test_the_chunked_loss_projects_what_it_reads():
+    plain, chunked = configuration(), configuration(chunk=8)
+    share = cost.masked_share(chunked.batch, chunked.model.ids, 12)
+    walks = cost.loss_walks(chunked, 12)
+    assert walks["loss_masked"] == cost.LossWalk(3, share * 12)
+    assert walks["loss_unmasked"] == cost.LossWalk(1, 11 - share * 12)
+    fewer = 3 * 12 - (3 * share * 12 + 11 - share * 12)
+    difference = cost.train_step(plain, 4, 12).model - cost.train_step(chunked, 4, 12).model
+    assert math.isclose(difference, 3 * 4 * fewer * 2 * 16 * 120)
+    empty = cost.train_step(chunked, 4, 12, walks=4)  # a row for each walk
+    assert empty.model == cost.train_step(chunked, 4, 12).model
+    chunks = {n: math.ceil(walk.per_row / 8) * 8 for n, walk in walks.items()}
+    computed = sum(chunks[n] * walks[n].streams for n in walks)
+    needed = sum(walk.per_row * walk.streams for walk in walks.values())
+    assert math.isclose(empty.executed - empty.model, 3 * 4 * (computed - needed) * 2 * 16 * 120)
+    assert cost.loop_counts(chunked, 4, 12) == {
+        "loss_masked": math.ceil(4 * share * 12 / 8),
+        "loss_unmasked": math.ceil(4 * (11 - share * 12) / 8),
+    }
+    assert cost.loop_counts(plain, 4, 12) == {}
+
+
+@pytest.mark.parametrize(
+    ("objective", "loops"),
+    [("ar", {"loss_tokens": 6}), ("rdrop", {"loss_tokens": 6}), ("cmlm", {"loss_masked"})],
+)
+def test_loops_of_the_other_objectives(objective, loops):
+    found = cost.loop_counts(configuration(objective, chunk=8), 4, 12)
+    assert found.keys() == set(loops)
+    if isinstance(loops, dict):
+        assert found == loops
+
+
+def test_the_share_of_masks_is_that_of_the_sampler():
+    c = configuration()
+    assert 0.4 < cost.masked_share(c.batch, c.model.ids, 48) < 0.6
+    assert cost.masked_share(c.batch, c.model.ids, 48) == cost.masked_share(c.batch, c.model.ids, 48)
+
+
+def test_decoding_against_the_products_of_its_steps():
+    c = configuration()
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), c.model))
+    source = jax.ShapeDtypeStruct((4, 12), jnp.int32)
+    generator = Generator(c.model, c.decode)
+    encode = products(jax.make_jaxpr(generator.remember)(params, source).jaxpr)
+    whole = products(jax.make_jaxpr(generator.autoregressive)(params, source).jaxpr)  # loop body once
+    assert cost.ar_decode(c, 4, 12, 7).model == encode + 7 * (whole - encode)
+
+    def nar(params, source):
+        memory, lengths = generator.remember(params, source)
+        return generator.non_autoregressive(params, memory, lengths, 12)
+
+    whole = products(jax.make_jaxpr(nar)(params, source).jaxpr)
+    per_loop = (whole - encode) / (cost.nar_decode(c, 4, 12, 12).model - encode)
+    assert per_loop == 1 / 4  # four passes, and the body of the loop counted once
+
+
+def test_slots_of_decoding_are_the_generator_s():
+    c = configuration()
+    assert cost.decode_slots(c, 12) == Generator(c.model, c.decode).slots(12)
+    assert losses.streams_needed(c.loss) == dict.fromkeys(("ar", "nar", "aux"), True)
+    assert np.isfinite(cost.nar_decode(c, 4, 12, 12).model)
