@@ -93,6 +93,14 @@ def test_differences():
         ({"batch": {"mask_rate": 0.0}}, r"batch.mask_rate must lie in \(0, 1\]"),
         ({"batch": {"span_mean": 0.0}}, "batch.span_mean must be above 0"),
         ({"mesh": {"data": 0}}, "mesh.data must be -1"),
+        ({"mesh": {"fsdp": 0}}, "mesh.fsdp must be at least 1, got 0"),
+        ({"mesh": {"tensor": 3}}, r"mesh.tensor \(3\) must divide model.heads \(4\)"),
+        (
+            {"mesh": {"tensor": 4}, "model": {"vocab_size": 4002}},
+            r"mesh.tensor \(4\) must divide model.vocab_size",
+        ),
+        ({"mesh": {"fsdp": 3}}, r"mesh.fsdp \(3\) must divide model.dim \(256\)"),
+        ({"train": {"microbatches": -1}}, "train.microbatches must be at least 0, got -1"),
         ({"model": {"vocab_size": 4}}, r"model.ids.mask \(4\) must lie inside model.vocab_size \(4\)"),
         ({"model": {"ids": {"eos": 1}}}, "model.ids must differ from each other"),
         ({"model": {"ids": {"start": 3}}}, r"model.ids.start \(3\) must be bos \(1\) or eos \(2\)"),
@@ -121,3 +129,12 @@ def test_config_dict_is_open_to_experiments():
     assert isinstance(values, ml_collections.ConfigDict)
     values.model.dim = 512
     assert config.from_config_dict(values).model.dim == 512
+
+
+@pytest.mark.parametrize(
+    ("given", "shares", "parts"), [(3, 1, 3), (0, 1, 4), (0, 2, 2), (0, 3, 2), (0, 4, 1), (0, 512, 1)]
+)
+def test_micro_batches_make_up_for_missing_devices(given, shares, parts):
+    """The global batch of 4096 slots stays, whatever the devices; none holds more than 1024 at a time."""
+    made = from_dict({"batch": {"tokens": 4096, "device_tokens": 1024}, "train": {"microbatches": given}})
+    assert config.microbatches(made, shares) == parts

@@ -469,3 +469,11 @@ def test_confidence_colours_darken_evenly():
 def test_pictures_are_imported_only_when_drawn():
     code = "import sys, janus_jax.report; assert not {'matplotlib', 'tensorboardX', 'jax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_silent_writer_leaves_no_trace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with report.SilentWriter() as writer:
+        writer.write(1, "train", {"loss": 1.0})
+        writer.flush()
+    assert not list(tmp_path.iterdir())
