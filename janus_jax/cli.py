@@ -407,7 +407,7 @@ DECODE_HELP = {
     "max_length_b": "at most A * source length + B tokens: B",
     "iterations": "nar: decoder passes, T",
     "candidates": "nar: target lengths tried",
-    "early_stop": "nar: a sentence stops when a pass changes nothing",
+    "early_stop": "nar: a sentence stops when a pass changes nothing; faster, and worse",
     "rescore": "nar: choose among candidates by the AR score of the same model",
     "ban_unk": "never write the unknown symbol",
     "tokens": "slots of one decoding batch (rows x beam or candidates x length); results do not depend on it",

@@ -178,7 +178,7 @@ class DecodeConfig:
     max_length_b: int = 10
     iterations: int = 10  # NAR: decoder passes, T
     candidates: int = 3  # NAR: target lengths tried
-    early_stop: bool = True  # NAR: a sentence stops when a pass changes nothing
+    early_stop: bool = False  # NAR: a sentence stops when a pass changes nothing: fewer passes, worse text
     rescore: bool = False  # NAR: choose among candidates by the AR score of the same model
     ban_unk: bool = True  # never emit <unk>
     tokens: int = 8192  # slots of one decoding batch (rows x beams or candidates x length)

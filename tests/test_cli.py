@@ -104,7 +104,7 @@ def test_overrides_of_every_type():
         [
             "train", "--config=x.py", "--config.seed=3", "--config.optim.lr", "1e-3",
             "--config.data.name=a=b", "--config.batch.buckets=8,16", "--noconfig.train.tensorboard",
-            "--config.model.remat", "--workdir=w", "--config.decode.early_stop=false", "--config.seed=4",
+            "--config.model.remat", "--workdir=w", "--config.decode.early_stop=true", "--config.seed=4",
         ]
     )  # fmt: skip
     assert rest == ["train", "--config=x.py", "--workdir=w"]
@@ -116,7 +116,7 @@ def test_overrides_of_every_type():
         "batch.buckets": ((16, 24, 32, 48, 64), (8, 16)),
         "train.tensorboard": (True, False),
         "model.remat": (False, True),
-        "decode.early_stop": (True, False),
+        "decode.early_stop": (False, True),
     }
 
 

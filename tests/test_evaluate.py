@@ -67,7 +67,7 @@ def test_the_first_examples_only(tiny_run, tiny_translator, tmp_path):
         ("nar", {"iterations": 4}, {}, "nar-T4-c3"),
         ("nar", {"beam": 1, "length_penalty": 0.6}, {}, "nar-T10-c3"),
         ("nar", {"rescore": True, "length_penalty": 0.6}, {}, "nar-T10-c3-lp0.6-rescore"),
-        ("nar", {"early_stop": False, "ban_unk": False}, {}, "nar-T10-c3-no_early-no_ban_unk"),
+        ("nar", {"early_stop": True, "ban_unk": False}, {}, "nar-T10-c3-early-no_ban_unk"),
         ("ar", {"max_length_a": 2.0, "max_length_b": 5}, {}, "ar-b5-la2-lb5"),
         ("ar", {}, {"checkpoint": "average:5", "limit": 10}, "ar-b5-average5-first10"),
         ("ar", {}, {"checkpoint": "1000"}, "ar-b5-step1000"),

@@ -8,6 +8,9 @@ of length n is BOS, n - 2 slots, EOS, then pad; N canvases a sentence try N leng
     canvas   BOS  a     [M]   [M]   EOS   pad      the (n - 2)(P - 1 - s) / P least certain masked again
     ...                                            after pass s, none after the last
 
+A pass that changes nothing is no fixed point: the next one masks fewer slots and so sees more.  To stop
+there (`early_stop`) saves half of ten passes and keeps repetitions that the others would have mended.
+
 A kept slot keeps its symbol and log p, and can be masked again later.  Every row goes by its own
 length and stops by itself, so its result depends on no other row.  Against the reference (METHOD
 section 5): the score counts generated symbols only, so an empty candidate does not always win; a row
