@@ -4,6 +4,9 @@
 
 FOLDER holds the raw files (train.de.gz, train.en.gz, val.de.gz, ...); without the key they are downloaded.
 Baselines on equal terms: --config.loss.objective=ar (or cmlm, rdrop) and another --workdir.
+
+20 epochs: on two cores that did other work too, 77 minutes for `janus` and 26 for `ar`.  Test 2016,
+sacreBLEU: ar 38.9; janus AR 35.4, NAR with ten passes 28.4 (docs/results.md).
 """
 
 import ml_collections
