@@ -120,8 +120,9 @@ class Machine:
         self.write("program", f"{PROGRAM}{body}\n")
 
     def start(self, script: str, *words: str, **environment: str) -> subprocess.Popen:
+        # Where the tests run in the background Ctrl-C is ignored, and a shell cannot change that.
         return subprocess.Popen(
-            [f"launch/{script}", *words],
+            ["env", "--default-signal=INT", f"launch/{script}", *words],
             cwd=self.root,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
