@@ -12,10 +12,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# Compiles for TPU topologies, which needs libtpu but no TPU.
-topology: $(READY)
-	$(BIN)/python -m pip install --quiet -e '.[dev,tpu]'
-	$(BIN)/python -m pytest -n 0 tests/tpu/topologies.py
+# Compiles for TPU topologies, which needs libtpu but no TPU.  A venv of its own: where libtpu is installed,
+# jax looks for a TPU at every start.
+topology: .venv-tpu/.ready
+	.venv-tpu/bin/python -m pytest -n 0 tests/tpu/topologies.py
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -25,6 +25,11 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+.venv-tpu/.ready: $(READY)
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet -e '.[dev,tpu]'
+	@touch $@
+
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"janus-jax needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}: run make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -33,4 +38,4 @@ $(READY): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-tpu build *.egg-info
