@@ -2,9 +2,9 @@
 
 What happens in order, and why in this order:
 
-  1. claim and lock the run directory   nothing expensive before it is known to be ours
-  2. prepare data and vocabulary        a no-op the second time
-  3. mesh, state, restore               parameters are born, or restored, where they belong
+  1. mesh                               devices that do not fit leave no trace
+  2. claim, lock and prepare            by process 0; the others follow when it is known to be ours
+  3. state, restore                     parameters are born, or restored, where they belong
   4. per update: batch, step, read the *previous* update's metrics, so that the host never waits for
      the device it has just given work
   5. at a cadence: dev loss, dev BLEU in the modes trained, then the checkpoint.  Rows of step k are

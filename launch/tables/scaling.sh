@@ -24,6 +24,8 @@ compile wmt14-v5e-256-fsdp wmt14_ende v5e:16x16 1 train --config.mesh.fsdp=8 --c
 compile wmt14-v4-128 wmt14_ende v4:4x4x8 1 train,ar,nar
 compile wmt14-v5p-128 wmt14_ende v5p:4x4x8 1 train,ar,nar
 compile wmt14-v5e-512 wmt14_ende v5e:16x16 2 train
+compile wmt14-v5e-8 wmt14_ende v5e:2x4 1 train
+compile wmt14-v5e-64 wmt14_ende v5e:8x8 1 train
 large=()
 for slice in 8:2x4 16:4x4 32:4x8 64:8x8 128:8x16 256:16x16; do
   compile "large-v5e-${slice%%:*}" bart_large_sized "v5e:${slice#*:}" 1 train
@@ -34,6 +36,9 @@ compile large-v5e-512 bart_large_sized v5e:16x16 2 train
 tables=$(dirname "$0")
 echo "WMT14"
 python "$tables/scaling.py" "$out"/wmt14-{v5e-256,v5e-256-fsdp,v4-128,v5p-128,v5e-512}.json
+echo
+echo "WMT14, 8 to 512 chips"
+python "$tables/scaling.py" "$out"/wmt14-v5e-{8,64,256,512}.json
 echo
 echo "BART-large-sized"
 python "$tables/scaling.py" "${large[@]}" "$out/large-v5e-512.json"
