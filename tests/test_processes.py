@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -143,6 +144,15 @@ def test_two_processes_from_the_launcher_train_and_evaluate(alone, data, tmp_pat
             assert ours["scores"] == theirs["scores"]
             assert (ours["processes"], theirs["processes"]) == (2, 1)
             assert ours["passes_per_sentence"] == theirs["passes_per_sentence"]
+
+
+def test_four_processes_learn_as_one_does_and_one_goes_on(alone, data, tmp_path):
+    config = config_of(LAYOUTS["cube"], data)
+    assert finish(start(4, tmp_path, config)) == [0, 0, 0, 0], log(tmp_path, 0)
+    assert_same_curve(tmp_path / "run", alone)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    assert train.train(config_of(LAYOUTS["one device"], data), tmp_path / "run") == train.DONE
+    assert_same_curve(tmp_path / "run", alone)
 
 
 # Stopping and losing each other ----------------------------------------------------------------------
