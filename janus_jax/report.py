@@ -1,6 +1,6 @@
 """What a run tells the world: metric files, progress, tables, stopwatches and pictures.
 
-  numbers     MetricsWriter, read_metrics, comparable, write_json, versions, peak_memory
+  numbers     MetricsWriter, read_metrics, comparable, write_json, commit, versions, peak_memory
   terminal    progress, table, refinement_text
   stopwatch   Timer
   pictures    plot_training, plot_refinement, plot_quality_speed (matplotlib, imported when first used)
@@ -29,6 +29,7 @@ import pathlib
 import platform
 import resource
 import shutil
+import subprocess
 import sys
 import textwrap
 import time
@@ -257,9 +258,26 @@ def write_json(path: Path, value: Any) -> None:
     _replace(paths.as_path(path), (_json(value, indent=2) + "\n").encode())
 
 
+def commit() -> str | None:
+    """The commit of this package's checkout, with "-dirty" for changes to it; None if it is not in one."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed from a wheel, perhaps inside somebody else's repository
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout that is not ours to read
+        return None
+    return told.stdout.strip() or None
+
+
 def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on, by package; None where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "platform": platform.platform()}
+    """Versions of what a result depends on, by package; None where one is not installed, or not known."""
+    found: dict[str, str | None] = {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -142,9 +142,8 @@ class _Training:
             self._writer(start) as self.writer,
             report.progress(config.train.steps, "train", start=start, console=console) as self.progress,
         ):
-            self.writer.write(
-                start, "event", {"event": "resumed" if start else "started", "device": mesh.device_kind()}
-            )
+            told = {"event": "resumed" if start else "started", "device": mesh.device_kind()}
+            self.writer.write(start, "event", told | {"commit": report.commit() or "unknown"})
             return self._loop(state, start)
 
     def _writer(self, start: int) -> report.MetricsWriter:

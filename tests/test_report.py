@@ -21,6 +21,7 @@ from janus_jax.report import (
     MetricsWriter,
     ReportError,
     Timer,
+    commit,
     comparable,
     peak_memory,
     plot_quality_speed,
@@ -197,10 +198,27 @@ def test_versions_and_memory():
     found = versions()
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["numpy"] == np.__version__
+    assert found["commit"] == commit()
     assert {"janus-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"} <= set(found)
     assert peak_memory().host > 20e6
     assert peak_memory(None, {}).device is None
     assert peak_memory({"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 9}).device == 9
+
+
+def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
+    (tmp_path / "janus_jax").mkdir()
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "janus_jax" / "report.py"))
+    assert commit() is None, "in no checkout"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert commit() is None, "a checkout without a commit"
+    (tmp_path / "file").write_text("one")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    assert commit() == head[:12]
+    (tmp_path / "file").write_text("two")
+    assert commit() == head[:12] + "-dirty"
 
 
 # -- stopwatch ----------------------------------------------------------------------------------------
