@@ -2,8 +2,8 @@
 
   training   one update, split into waiting for data, handing work to the device, waiting for it;
              target tokens a second; compile time apart
-  decoding   AR greedy and beam, NAR at 1, 4 and 10 passes, at batch 1, 16 and 128: sentences a
-             second, and the time of one batch (median and 95th percentile)
+  decoding   AR greedy and beam, NAR at 1, 4 and 10 passes, draft and verify, at batch 1, 16 and 128:
+             sentences a second, and the time of one batch (median and 95th percentile)
 
 Everything that a user would wait for is counted (encoder, length prediction, the way to the device
 and back), compiling apart.  With random weights the outputs are limited to the length of the source
@@ -36,6 +36,7 @@ from janus_jax.generate import Generator, with_options
 from janus_jax.paths import AnyPath
 from janus_jax.prepare import bring_data
 from janus_jax.step import init_state, train_step
+from janus_jax.translator import SIDES
 
 UPDATES = 10
 BATCHES = (1, 16, 128)
@@ -46,6 +47,7 @@ SYSTEMS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("NAR T = 1", "nar", {"iterations": 1, "early_stop": False}),
     ("NAR T = 4", "nar", {"iterations": 4, "early_stop": False}),
     ("NAR T = 10", "nar", {"iterations": 10, "early_stop": False}),
+    ("draft, strict", "draft", {"draft_top_k": 1}),
 )
 
 
@@ -144,7 +146,7 @@ def decoding(config: Config, opened: run.Run | None) -> list[dict[str, Any]]:
         )
     engine = Engine(params, config)
     needed = losses.streams_needed(config.loss)
-    systems = [s for s in SYSTEMS if needed[s[1]]]
+    systems = [s for s in SYSTEMS if all(needed[side] for side in SIDES[s[1]])]
     rows = []
     with report.progress(len(systems) * len(BATCHES), "bench: decoding", unit="system") as shown:
         for (name, mode, options), size in itertools.product(systems, BATCHES):

@@ -214,6 +214,7 @@ def all_ways(params, source, target, masked, config):
     _, stepped = jax.lax.scan(step, cache, (jnp.arange(length), fed))
     whole = model.apply(variables, target[:, None], memory, method="ar_pass")[:, 0]
     filled = model.apply(variables, canvas[:, None], memory, method="nar_pass")[:, 0]
+    filled = model.apply(variables, filled, method="logits")
     return outputs, whole, jnp.moveaxis(stepped, 0, 1), filled, memory.length_logits
 
 

@@ -54,7 +54,21 @@ class LayerCache:
     """What a decoder layer keeps between decoding steps; stacked over layers outside."""
 
     memory: KeysValues  # projected source, [B, S, H, K]
-    content: KeysValues | None = None  # projected AR content so far, [R, T, H, K]
+    content: KeysValues | None = None  # projected AR content so far, [B, P, H, K]
+
+
+@struct.dataclass
+class Sight:
+    """What the slots of one decoding pass see: [new AR content | AR queries | a NAR canvas], each if any.
+
+    The new content is written to as many cells of the cache, in a row; AR slots see cells of the cache,
+    the canvas sees itself.
+    """
+
+    start: jax.Array  # [] or [B] int32, the cell of the first new content
+    cells: jax.Array  # [B or 1, AR slots, P] bool, the cells that each AR slot sees
+    canvas: jax.Array | None  # [B, 1, T] bool, the canvas slots that are not padding
+    content: int = struct.field(pytree_node=False)  # how many of the slots are new content
 
 
 def attend(
@@ -181,26 +195,31 @@ class DecoderLayer(_Layer):
         return self._rest(self._self_attention(x, plan), cache.memory, source_mask), None
 
     def step(
-        self, x: jax.Array, cache: LayerCache, shared: tuple[jax.Array, jax.Array]
+        self, x: jax.Array, cache: LayerCache, shared: tuple[Sight, jax.Array]
     ) -> tuple[jax.Array, KeysValues]:
-        """One AR step.  x: [R, 1 or 2, D], the content slot and, if any, the query slot.
+        """One decoding pass over cached content.  x: [B, N, D], its slots as `Sight` has them.
 
-        Only the content slot is cached, once: every slot attends the cached content up to `index`.
-        shared: index (int32 scalar, the slot's place), source mask [B, 1, S].
+        Only AR content is cached, once.  shared: the sight, source mask [B, 1, S].
         """
-        index, source_mask = shared
+        sight, source_mask = shared
         assert cache.content is not None
         updated: list[KeysValues] = []
 
         def attention(h: jax.Array) -> jax.Array:
-            new = self.attention.keys_values(h[:, :1])
+            ar = sight.cells.shape[1]
+            q = self.attention.queries(h)
+            k, v = self.attention.keys_values(jnp.concatenate([h[:, : sight.content], h[:, ar:]], axis=1))
+            new = (k[:, : sight.content], v[:, : sight.content])
             kv = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), index, axis=1)
+                _write_cells(old, fresh, sight.start)
                 for old, fresh in zip(cache.content, new, strict=True)  # type: ignore[arg-type]
             )
             updated.append((kv[0], kv[1]))
-            seen = (jnp.arange(kv[0].shape[1]) <= index)[None, None, :]
-            return self.attention(h, updated[0], seen)
+            seen = [self.attention.gather(q[:, :ar], updated[0], sight.cells)]
+            if sight.canvas is not None:
+                own = (k[:, sight.content :], v[:, sight.content :])
+                seen.append(self.attention.gather(q[:, ar:], own, sight.canvas))
+            return self.attention.out(jnp.concatenate(seen, axis=1))
 
         x = self._residual(x, self.attention_norm, attention)
         return self._rest(x, cache.memory, source_mask), updated[0]
@@ -258,6 +277,15 @@ def sinusoidal_positions(positions: jax.Array, dim: int) -> jax.Array:
     angles = positions[..., None].astype(jnp.float32) * rates
     rows = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(rows, [(0, 0)] * positions.ndim + [(0, dim % 2)])
+
+
+def _write_cells(cache: jax.Array, fresh: jax.Array, start: jax.Array) -> jax.Array:
+    """`cache` [B, P, H, K] with `fresh` [B, n, H, K] from cell `start` ([] or [B]) on."""
+    fresh = fresh.astype(cache.dtype)
+    if start.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, fresh, start, axis=1)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    return jax.vmap(write)(cache, fresh, start)
 
 
 def _dropout(module: nn.Module, rate: float) -> Callable[[jax.Array], jax.Array]:
