@@ -132,8 +132,8 @@ def draft_and_verify(
         # Verify: symbol k of `said` is AR's for the place a + 1 + k, if the draft is right so far.
         last = texts.place[:, None] + steps >= limits[:, None] - 1
         admitted, log_z = beam.admit(logits, texts.place[:, None] + steps, last, options.search)
-        said = jnp.argmax(admitted, axis=-1).astype(jnp.int32)
-        log_p = jnp.max(admitted, axis=-1) - log_z
+        said, best = beam.best_symbol(admitted)
+        log_p = best - log_z
         if block > 1:
             drafted = _of(admitted[:, :-1], texts.draft) - log_z[:, :-1]
             agrees = _agree(admitted[:, :-1], drafted, log_p[:, :-1], texts.draft, said[:, :-1], options)

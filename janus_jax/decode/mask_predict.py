@@ -24,7 +24,7 @@ rows need.  Automatic sharding gives the same results, one small reduction a pas
 
 Letters: B batch, N length candidates, T slots, D width of a state, V vocabulary, P passes, n length of
 one canvas.
-Room: pure core.  Imports config only; knows no model; touches no file, no device, no clock.
+Room: pure core.  Imports config and decode only; knows no model; touches no file, no device, no clock.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ import numpy as np
 from jax import lax
 
 from janus_jax.config import SpecialIds
+from janus_jax.decode.beam import best_symbol
 
 Look = Callable[[jax.Array], jax.Array]
 Project = Callable[[jax.Array], jax.Array]
@@ -299,11 +300,10 @@ def fill_slots(
         # Beyond the chosen ones: out of range, so that nothing is written.
         slots = jnp.where(start + jnp.arange(size) < count, slots, flat.shape[0])
         logits = project(jnp.take(flat, slots, axis=0, mode="clip")).astype(jnp.float32)
-        admitted = admit(logits, banned)
-        best = jnp.max(admitted, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-        found = jnp.argmax(admitted, axis=-1).astype(jnp.int32)
+        found, best = best_symbol(admit(logits, banned))
         symbols = symbols.at[slots].set(found, mode="drop")
-        return start + size, symbols, log_probs.at[slots].set(best, mode="drop")
+        log_p = best - jax.nn.logsumexp(logits, axis=-1)
+        return start + size, symbols, log_probs.at[slots].set(log_p, mode="drop")
 
     start = (jnp.int32(0), jnp.zeros(flat.shape[0], jnp.int32), jnp.zeros(flat.shape[0]))
     _, symbols, log_probs = lax.while_loop(lambda carry: carry[0] < count, read, start)
