@@ -79,7 +79,7 @@ def output_projection(params: Params, config: ModelConfig) -> Projection:
 class Memory:
     """A source, encoded and projected once for all decoding steps."""
 
-    layers: KeysValues  # cross-attention keys and values, [L, B, S, H, K]
+    layers: KeysValues  # cross-attention keys and values, [L, B, H, S, K]
     mask: jax.Array  # [B, 1, S] bool
     length_logits: jax.Array  # [B, C] float32
 
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         return self._finish(x)
 
     def memory(self, encoded: jax.Array) -> KeysValues:
-        """Encoded source [B, S, D] -> keys and values of every layer, [L, B, S, H, K]."""
+        """Encoded source [B, S, D] -> keys and values of every layer, [L, B, H, S, K]."""
         return self.layers.memory(encoded, None, None)[1]
 
     def remembered(self, tokens: jax.Array, positions: jax.Array, plan: Plan, memory: Memory) -> jax.Array:
@@ -380,7 +380,7 @@ def init_params(key: jax.Array, config: ModelConfig) -> Params:
 
 def empty_cache(config: ModelConfig, sentences: int, beams: int, length: int) -> ArCache:
     """No content yet, and room for that of `length` places."""
-    heads = config.heads, config.dim // config.heads
-    shape = (config.decoder_layers, sentences, length * beams, *heads)
+    width = config.dim // config.heads
+    shape = (config.decoder_layers, sentences, length * beams, config.heads, width)
     zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
     return ArCache((zeros, zeros), jnp.zeros((sentences, beams, length), jnp.int32))

@@ -28,7 +28,7 @@ from janus_jax.sharding import ROWS, TENSOR, constrain
 NORMAL = nn.initializers.normal(0.02)  # BERT's initialisation, for every matrix and table
 HIDDEN = jnp.finfo(jnp.float32).min  # finite: a row that sees nothing yields a mean, not NaN
 
-KeysValues = tuple[jax.Array, jax.Array]  # each [.., length, H, K]
+KeysValues = tuple[jax.Array, jax.Array]  # each [.., H, length, K], as attention reads them
 Range = tuple[int, int]  # start and end of a run of slots
 
 
@@ -53,8 +53,8 @@ class Plan:
 class LayerCache:
     """What a decoder layer keeps between decoding steps; stacked over layers outside."""
 
-    memory: KeysValues  # projected source, [B, S, H, K]
-    content: KeysValues | None = None  # projected AR content so far, [B, P, H, K]
+    memory: KeysValues  # projected source, [B, H, S, K]
+    content: KeysValues | None = None  # projected AR content so far, [B, P, H, K]: written place by place
 
 
 @struct.dataclass
@@ -74,14 +74,14 @@ class Sight:
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, drop: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """Scaled dot-product attention: [R, N, H, K], two of [R, S, H, K], [R or 1, N or 1, S] -> [R, N, H, K].
+    """Scaled dot-product attention: [R, N, H, K], two of [R, H, S, K], [R or 1, N or 1, S] -> [R, N, H, K].
 
     Scores and softmax are float32 whatever the inputs; `drop` is applied to the attention weights.
     """
-    scores = jnp.einsum("rnhk,rshk->rhns", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("rnhk,rhsk->rhns", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None], scores / q.shape[-1] ** 0.5, HIDDEN)
     weights = drop(jax.nn.softmax(scores, axis=-1).astype(v.dtype))
-    return jnp.einsum("rhns,rshk->rnhk", weights, v)
+    return jnp.einsum("rhns,rhsk->rnhk", weights, v)
 
 
 class Attention(nn.Module):
@@ -100,8 +100,9 @@ class Attention(nn.Module):
         return constrain(x.reshape(*x.shape[:-1], self.config.heads, -1), ROWS, None, TENSOR)
 
     def keys_values(self, x: jax.Array) -> KeysValues:
-        """[.., D] -> keys and values, [.., H, K] each."""
-        return self._heads(self.key(x)), self._heads(self.value(x))
+        """[.., S, D] -> keys and values, [.., H, S, K] each."""
+        k, v = (_by_head(self._heads(dense(x))) for dense in (self.key, self.value))
+        return k, v
 
     def queries(self, x: jax.Array) -> jax.Array:
         """[.., D] -> [.., H, K]."""
@@ -112,7 +113,7 @@ class Attention(nn.Module):
         return attend(q, *kv, mask, self.drop).reshape(*q.shape[:-2], -1)
 
     def __call__(self, x: jax.Array, kv: KeysValues, mask: jax.Array) -> jax.Array:
-        """[R, N, D] attends keys and values [R, S, H, K] under [R, 1 or N, S] -> [R, N, D]."""
+        """[R, N, D] attends keys and values [R, H, S, K] under [R, 1 or N, S] -> [R, N, D]."""
         return self.out(self.gather(self.queries(x), kv, mask))
 
 
@@ -209,15 +210,16 @@ class DecoderLayer(_Layer):
             ar = sight.cells.shape[1]
             q = self.attention.queries(h)
             k, v = self.attention.keys_values(jnp.concatenate([h[:, : sight.content], h[:, ar:]], axis=1))
-            new = (k[:, : sight.content], v[:, : sight.content])
+            new = (_by_head(k[:, :, : sight.content]), _by_head(v[:, :, : sight.content]))
             kv = tuple(
                 _write_cells(old, fresh, sight.start)
                 for old, fresh in zip(cache.content, new, strict=True)  # type: ignore[arg-type]
             )
             updated.append((kv[0], kv[1]))
-            seen = [self.attention.gather(q[:, :ar], updated[0], sight.cells)]
+            cached = (_by_head(updated[0][0]), _by_head(updated[0][1]))
+            seen = [self.attention.gather(q[:, :ar], cached, sight.cells)]
             if sight.canvas is not None:
-                own = (k[:, sight.content :], v[:, sight.content :])
+                own = (k[:, :, sight.content :], v[:, :, sight.content :])
                 seen.append(self.attention.gather(q[:, ar:], own, sight.canvas))
             return self.attention.out(jnp.concatenate(seen, axis=1))
 
@@ -232,7 +234,7 @@ class DecoderLayer(_Layer):
             seen = []
             for block in plan.blocks:
                 (qa, qb), (ka, kb) = block.queries, block.keys
-                seen.append(self.attention.gather(q[:, qa:qb], (k[:, ka:kb], v[:, ka:kb]), block.mask))
+                seen.append(self.attention.gather(q[:, qa:qb], (k[:, :, ka:kb], v[:, :, ka:kb]), block.mask))
             return self.attention.out(jnp.concatenate(seen, axis=1))
 
         return self._residual(x, self.attention_norm, attention)
@@ -277,6 +279,11 @@ def sinusoidal_positions(positions: jax.Array, dim: int) -> jax.Array:
     angles = positions[..., None].astype(jnp.float32) * rates
     rows = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(rows, [(0, 0)] * positions.ndim + [(0, dim % 2)])
+
+
+def _by_head(x: jax.Array) -> jax.Array:
+    """[.., S, H, K] <-> [.., H, S, K]."""
+    return jnp.swapaxes(x, -3, -2)
 
 
 def _write_cells(cache: jax.Array, fresh: jax.Array, start: jax.Array) -> jax.Array:
