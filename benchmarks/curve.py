@@ -16,6 +16,7 @@ Writes curve.json, curve.md, curve-latency.png and curve-throughput.png.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import multiprocessing
@@ -88,6 +89,7 @@ def curve(
     rounds: int = 3,
     limit: int = 0,
     memory: bool = True,
+    dtype: str = "",
     systems: Sequence[System] = SYSTEMS,
 ) -> dict[str, Any]:
     """Measures, writes and returns everything.
@@ -102,6 +104,7 @@ def curve(
       rounds: how often.
       limit: score the first so many only; 0 means all.
       memory: start a process for each system to see its peak.
+      dtype: of the computation; default that of the run.
       systems: what to measure.
 
     Raises:
@@ -117,13 +120,13 @@ def curve(
         raise common.BenchmarkError(f"split {split!r} in {opened.data_folder} has no examples")
     sources = [source for source, _ in itertools.islice(pairs, count)]
     references = [pairs.references(i) for i in range(count)]
-    translator = Translator.from_run(workdir, checkpoint)
+    translator = load(workdir, checkpoint, dtype)
     chosen = [s for s in systems if s.mode in translator.modes]
     if not chosen:
         raise common.BenchmarkError(
             f"{workdir}: decodes {', '.join(translator.modes)} only: nothing to measure"
         )
-    facts = common.facts(opened.config.model.dtype)
+    facts = common.facts(translator.config.model.dtype)
     for mode in sorted({s.mode for s in systems} - set(translator.modes)):
         print(f"left out: {mode}, which this model was not trained for", file=sys.stderr)
 
@@ -157,7 +160,9 @@ def curve(
         row["memory"] = None
     if memory:
         for system in chosen:
-            found[system.name]["memory"] = _alone(_peak, str(workdir), checkpoint, system, sources[:stream])
+            found[system.name]["memory"] = _alone(
+                _peak, str(workdir), checkpoint, dtype, system, sources[:stream]
+            )
     result = {
         **facts,
         "workdir": str(workdir),
@@ -172,6 +177,17 @@ def curve(
     }
     _publish(result, output)
     return result
+
+
+def load(workdir: str, checkpoint: str, dtype: str = "") -> Translator:
+    """The model of a run, computing in `dtype`, or as the run does."""
+    translator = Translator.from_run(workdir, checkpoint)
+    if dtype in ("", translator.config.model.dtype):
+        return translator
+    config = translator.config
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    params, name = run.open_run(workdir).params(checkpoint)
+    return Translator(params, config, translator.vocabulary, name=name)
 
 
 def _warm(
@@ -241,9 +257,9 @@ def _alone(function: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def _peak(workdir: str, checkpoint: str, system: System, lines: list[str]) -> dict[str, Any]:
+def _peak(workdir: str, checkpoint: str, dtype: str, system: System, lines: list[str]) -> dict[str, Any]:
     """Peak memory of this process, which decodes nothing else, and what it had before decoding."""
-    translator = Translator.from_run(workdir, checkpoint)
+    translator = load(workdir, checkpoint, dtype)
     before = common.peak_host_bytes()
     _decode(translator, system, lines, BATCHES[-1])
     device = mesh.device_memory_stats().get("peak_bytes_in_use")
@@ -320,13 +336,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stream", type=common.at_least_one, default=512, help="sentences of the throughput")
     parser.add_argument("--rounds", type=common.at_least_one, default=3)
     parser.add_argument("--limit", type=common.at_least_one, default=0, help="score the first so many only")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="default the run's")
     parser.add_argument("--no_memory", action="store_true", help="start no process for each peak")
     args = parser.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the children of --memory room
 
     def work() -> int:
         folder = args.output_dir or Path(str(as_path(args.workdir))) / "benchmarks"
-        kept = ("split", "checkpoint", "sentences", "stream", "rounds", "limit")
+        kept = ("split", "checkpoint", "sentences", "stream", "rounds", "limit", "dtype")
         curve(args.workdir, folder, memory=not args.no_memory, **{k: getattr(args, k) for k in kept})
         return 0
 
