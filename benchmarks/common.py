@@ -178,6 +178,9 @@ def publish(
     print(f"written: {folder / name}.json, {name}.md")
 
 
+TICKS = [a * 10.0**b for b in range(-6, 10) for a in (1, 2, 5)]
+
+
 class Panel(NamedTuple):
     """One picture of `plot_panels`: lines by name, each (x, y) in order."""
 
@@ -191,6 +194,7 @@ def plot_panels(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
     """Panels side by side, both axes logarithmic, one legend for all."""
     import matplotlib.style
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     rows = -(-len(panels) // columns)
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
@@ -203,12 +207,25 @@ def plot_panels(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
                 look: Any = {"color": report.COLOURS[i % 7], "marker": report.MARKERS[i % 7]}
                 axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, markersize=4.5, **look)
             axes.set(xscale="log", yscale="log", title=panel.title, xlabel=panel.x, ylabel=panel.y)
+            sizes = sorted({x for points in panel.lines.values() for x, _ in points})
+            costs = [y for points in panel.lines.values() for _, y in points]
+            axes.set_xticks(sizes)
+            if max(costs) < 20 * min(costs):  # a decade or less would go without a label
+                axes.set_yticks([t for t in TICKS if min(costs) / 1.6 <= t <= max(costs) * 1.6])
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+                axis.set_minor_formatter(NullFormatter())
         for axes in list(grid.flat)[len(panels) :]:
             axes.axis("off")
         handles = {h.get_label(): h for axes in grid.flat for h in axes.lines}
         figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=8)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
+
+
+def _short(value: float) -> str:
+    """16000 -> 16k, so that ticks do not meet."""
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
 # -- the command line ---------------------------------------------------------------------------------

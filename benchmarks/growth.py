@@ -178,10 +178,10 @@ def _publish(result: dict[str, Any], output: Path) -> None:
     ]  # fmt: skip
     model, base = result["model"], result["base"]
     title = (
-        f"d {model['dim']}, ffn {model['ffn']}, {model['encoder_layers']}+{model['decoder_layers']} layers; base: "
-        f"{', '.join(f'{k} {v}' for k, v in base.items())}; {SOURCE} symbols in; {result['rounds']} rounds; "
-        f"{result['device']}, {result['precision']}, {result['threads']} threads, load before "
-        f"{result['load_before']:.1f}"
+        f"d {model['dim']}, ffn {model['ffn']}, {model['encoder_layers']}+{model['decoder_layers']} layers; "
+        f"base: {', '.join(f'{k} {v}' for k, v in base.items())}; {SOURCE} symbols in; "
+        f"{result['rounds']} rounds; {result['device']}, {result['precision']}, {result['threads']} threads, "
+        f"load before {result['load_before']:.1f}"
     )
     common.publish(output, "growth", title, result, columns, rows)
     common.plot_panels([*panels["seconds"], *panels["temp_bytes"]], output / "growth.png", columns=len(AXES))
