@@ -103,6 +103,18 @@ def corrupt(target: np.ndarray, rng: np.random.Generator, config: BatchConfig, i
     return masked
 
 
+def capacity(length: int, config: BatchConfig, ids: SpecialIds) -> int:
+    """The most positions that `corrupt` can mask in a target of up to `length` tokens: a static size.
+
+    The spans of the span sampler add up to its budget; uniform masks, and texts that may hold `ids.mask`
+    themselves (where unk serves as mask), have no bound but the inner positions.
+    """
+    inner = max(length - 2, 0)
+    if config.sampler != "span" or ids.mask == ids.unk:
+        return inner
+    return min(math.ceil(config.mask_rate * length), inner)
+
+
 def mask_span(n: int, rng: np.random.Generator, rate: float, mean: float) -> np.ndarray:
     """[n] bool: a union of spans whose lengths add up to ceil(rate n); first and last never masked.
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from janus_jax import chunked, losses, optim
+from janus_jax.batch import capacity
 from janus_jax.config import Config
 from janus_jax.models import Janus, Outputs, Params, init_params, output_projection, project
 
@@ -173,14 +174,19 @@ def _forward(
     params: Params, batch: Batch, config: Config, key: jax.Array | None, method: str = "__call__"
 ) -> Outputs:
     """What the objective reads, logits or states; dropout is on exactly when a key is given."""
-    streams: dict[str, Any] = losses.streams_needed(config.loss)
+    asked: dict[str, Any] = losses.streams_needed(config.loss)
+    if config.loss.gather:
+        length = batch["target"].shape[1]
+        most = capacity(length, config.batch, config.model.ids)
+        # Where every inner place may be masked, gathering would cost more than the two slots it saves.
+        asked |= {"prune": True, "capacity": most if most < length - 2 else None}
     source, target, masked = batch["source"], batch["target"], batch["masked"]
     if config.loss.objective == "rdrop" and key is not None:
         # Two passes with their own dropout are one pass over the batch twice.
         source, target, masked = (jnp.tile(x, (2, 1)) for x in (source, target, masked))
     rngs = None if key is None else {"dropout": key}
     model: Any = Janus(config.model)
-    return model.apply({"params": params}, source, target, masked, rngs=rngs, method=method, **streams)
+    return model.apply({"params": params}, source, target, masked, rngs=rngs, method=method, **asked)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

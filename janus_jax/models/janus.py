@@ -12,6 +12,7 @@ Room: pure core, models.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,7 +30,10 @@ from janus_jax.models.transformer import (
     KeysValues,
     LayerCache,
     Plan,
+    Step,
+    keep,
     layer_norm,
+    run_pruned,
     sinusoidal_positions,
     stack,
 )
@@ -116,8 +120,9 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, plan: Plan, encoded: jax.Array, source_mask: jax.Array
     ) -> jax.Array:
-        """Token rows [B, N, D] of all slots, positions [N] -> [B, N, D]."""
-        x, _ = self.layers(self.input(tokens, positions), None, (plan, encoded, source_mask))
+        """Token rows [B, N, D] of all slots, positions [N] -> [B, N', D], the slots that come out."""
+        x = keep(self.input(tokens, positions), plan.enter)
+        x, _ = self._layers("__call__", x, None, plan, lambda p: (p, encoded, source_mask))
         return self._finish(x)
 
     def memory(self, encoded: jax.Array) -> KeysValues:
@@ -126,17 +131,35 @@ class Decoder(nn.Module):
 
     def remembered(self, tokens: jax.Array, positions: jax.Array, plan: Plan, memory: Memory) -> jax.Array:
         """As `__call__`, over a projected source; R may be B x candidates."""
+        x = keep(self.input(tokens, positions), plan.enter)
         cache = LayerCache(memory.layers)
-        x, _ = self.layers.remembered(self.input(tokens, positions), cache, (plan, memory.mask))
+        x, _ = self._layers("remembered", x, cache, plan, lambda p: (p, memory.mask))
         return self._finish(x)
 
     def step(
         self, tokens: jax.Array, positions: jax.Array, content: KeysValues, index: jax.Array, memory: Memory
     ) -> tuple[jax.Array, KeysValues]:
         """One AR step: rows [R, 1 or 2, D], content cache [L, R, T, H, K] -> last slot [R, D], cache."""
-        cache = LayerCache(memory.layers, content)
-        x, content = self.layers.step(self.input(tokens, positions), cache, (index, memory.mask))
+        x, cache = self.input(tokens, positions), LayerCache(memory.layers, content)
+        every = Step(index, memory.mask)
+        if tokens.shape[1] == 1:
+            x, content = self.layers.step(x, cache, every)
+        else:  # the content slot has no other reader in the last layer than the cache
+            x, content = self._pruned("step", x, cache, (every, dataclasses.replace(every, kept=1)))
         return self._finish(x[:, -1]), content
+
+    def _layers(
+        self, method: str, x: jax.Array, by_layer: Any, plan: Plan, shared: Callable[[Plan], Any]
+    ) -> tuple[jax.Array, Any]:
+        if plan.last is None:
+            return getattr(self.layers, method)(x, by_layer, shared(plan))
+        return self._pruned(method, x, by_layer, (shared(plan), shared(plan.last)))
+
+    def _pruned(
+        self, method: str, x: jax.Array, by_layer: Any, shared: tuple[Any, Any]
+    ) -> tuple[jax.Array, Any]:
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        return run_pruned(self.layers, method, x, by_layer, shared, key)
 
     def _finish(self, x: jax.Array) -> jax.Array:
         return x if self.norm is None else self.norm(x)
@@ -164,7 +187,7 @@ class Janus(nn.Module):
         self.encoder, self.decoder = Encoder(c), Decoder(c)
 
     def __call__(
-        self, source: jax.Array, target: jax.Array, masked: jax.Array | None = None, **asked: bool
+        self, source: jax.Array, target: jax.Array, masked: jax.Array | None = None, **asked: Any
     ) -> Outputs:
         """Logits; arguments as of `states`."""
         found = self.states(source, target, masked, **asked)
@@ -180,6 +203,8 @@ class Janus(nn.Module):
         ar: bool = True,
         nar: bool = True,
         aux: bool = True,
+        capacity: int | None = None,
+        prune: bool = False,
     ) -> Outputs:
         """One encoder pass, one decoder pass over the streams asked for; the states, not yet projected.
 
@@ -190,11 +215,22 @@ class Janus(nn.Module):
           ar: compute P_AR.
           nar: compute P_NAR.
           aux: compute P_AUX (needs nar).
+          capacity: slots that AUX is computed in, enough for the places in M (`streams.lay_out`); None: T.
+          prune: compute in the last layer what is read alone.  Neither changes a number that is read.
         """
         encoded, source_mask = self.encode(source)
-        slots = streams.lay_out(target, masked, self.config, self._target_rows, ar=ar, nar=nar, aux=aux)
-        x = self.decoder(slots.rows, slots.positions, slots.plan, encoded, source_mask)
-        read = {name: _aligned(name, x[:, a:b]) for name, (a, b) in slots.read.items()}
+        slots = streams.lay_out(
+            target,
+            masked,
+            self.config,
+            self._target_rows,
+            ar=ar,
+            nar=nar,
+            aux=aux,
+            capacity=capacity,
+            prune=prune,
+        )
+        read = slots.states(self.decoder(slots.rows, slots.positions, slots.plan, encoded, source_mask))
         return Outputs(
             read.get("ar"), read.get("nar"), read.get("aux"), self.length_logits(encoded, source_mask)
         )
@@ -255,7 +291,9 @@ class Janus(nn.Module):
         [:, :, t] is the distribution of y_t, as in `Outputs.ar`.
         """
         rows = target.reshape(-1, target.shape[-1])
-        slots = streams.lay_out(rows, None, self.config, self._target_rows, ar=True, nar=False, aux=False)
+        slots = streams.lay_out(
+            rows, None, self.config, self._target_rows, ar=True, nar=False, aux=False, prune=True
+        )
         return self._read(slots, memory).reshape(*target.shape, -1)
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -266,8 +304,8 @@ class Janus(nn.Module):
     def _read(self, slots: streams.Slots, memory: Memory) -> jax.Array:
         """Logits of the only distribution laid out."""
         x = self.decoder.remembered(slots.rows, slots.positions, slots.plan, memory)
-        ((name, (start, end)),) = slots.read.items()
-        return self.logits(_aligned(name, x[:, start:end]))
+        (states,) = slots.states(x).values()
+        return self.logits(states)
 
     def _target_rows(self, tokens: jax.Array) -> jax.Array:
         """Target token ids [..] -> embeddings [.., D]."""
@@ -279,14 +317,6 @@ class Janus(nn.Module):
         if tokens.ndim:  # else a single symbol's
             rows = constrain(rows, ROWS)
         return rows * self.config.dim**0.5 if self.config.scale_embeddings else rows
-
-
-def _aligned(name: str, x: jax.Array) -> jax.Array:
-    """States of the slots of one distribution [R, T, D], moved to the places that they predict.
-
-    AR slot t predicts place t + 1; moving states costs less than moving logits later.
-    """
-    return jnp.roll(x, 1, axis=1) if name == "ar" else x
 
 
 class _Input(nn.Module):
