@@ -103,16 +103,16 @@ def corrupt(target: np.ndarray, rng: np.random.Generator, config: BatchConfig, i
     return masked
 
 
-def capacity(length: int, config: BatchConfig, ids: SpecialIds) -> int:
+def capacity(length: int, config: BatchConfig, ids: SpecialIds) -> int | None:
     """The most positions that `corrupt` can mask in a target of up to `length` tokens: a static size.
 
-    The spans of the span sampler add up to its budget; uniform masks, and texts that may hold `ids.mask`
-    themselves (where unk serves as mask), have no bound but the inner positions.
+    None where that is all inner positions, so that there is nothing to save: uniform masks, a budget that
+    large, and texts that may hold `ids.mask` themselves, because unk serves as mask.
     """
-    inner = max(length - 2, 0)
     if config.sampler != "span" or ids.mask == ids.unk:
-        return inner
-    return min(math.ceil(config.mask_rate * length), inner)
+        return None
+    budget = math.ceil(config.mask_rate * length)  # what the lengths of the spans add up to
+    return budget if budget < length - 2 else None
 
 
 def mask_span(n: int, rng: np.random.Generator, rate: float, mean: float) -> np.ndarray:

@@ -60,7 +60,8 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
 
     Args:
       state: current state.
-      batch: arrays of `batch.spec`.
+      batch: arrays of `batch.spec`; with `loss.gather`, no row has more places in M than its sampler can
+        draw (`batch.capacity`), else the loss is NaN, and the update is not applied.
       config: static.
 
     Returns:
@@ -177,9 +178,7 @@ def _forward(
     asked: dict[str, Any] = losses.streams_needed(config.loss)
     if config.loss.gather:
         length = batch["target"].shape[1]
-        most = capacity(length, config.batch, config.model.ids)
-        # Where every inner place may be masked, gathering would cost more than the two slots it saves.
-        asked |= {"prune": True, "capacity": most if most < length - 2 else None}
+        asked |= {"prune": True, "capacity": capacity(length, config.batch, config.model.ids)}
     source, target, masked = batch["source"], batch["target"], batch["masked"]
     if config.loss.objective == "rdrop" and key is not None:
         # Two passes with their own dropout are one pass over the batch twice.
