@@ -85,7 +85,7 @@ def decoder(c: ModelConfig, config: Config, rows: float, source: float, target: 
     if not config.loss.gather:
         going, pairs = slots, scores
     others = (c.decoder_layers - 1) * _decoder_layer(c, source, content, slots, scores)
-    return rows * (_keys_values(c, source) + others + _decoder_layer(c, source, content, going, pairs))
+    return rows * (keys_values(c, source) + others + _decoder_layer(c, source, content, going, pairs))
 
 
 def _decoder_layer(c: ModelConfig, source: float, content: float, slots: float, scores: float) -> float:
@@ -96,7 +96,7 @@ def _decoder_layer(c: ModelConfig, source: float, content: float, slots: float, 
     return self_attention + cross + 2 * slots * 2 * d * c.ffn
 
 
-def _keys_values(c: ModelConfig, source: float) -> float:
+def keys_values(c: ModelConfig, source: float) -> float:
     """One encoded source, projected for the cross-attention of every decoder layer."""
     return c.decoder_layers * 2 * 2 * source * c.dim * c.dim
 
@@ -197,4 +197,4 @@ def decode_slots(config: Config, source: int) -> int:
 
 def _memory(c: ModelConfig, rows: int, source: int) -> float:
     """Encoder, its keys and values for every decoder layer, and length classes."""
-    return encoder(c, rows, source) + rows * (_keys_values(c, source) + 2 * c.dim * (c.max_length + 1))
+    return encoder(c, rows, source) + rows * (keys_values(c, source) + 2 * c.dim * (c.max_length + 1))
