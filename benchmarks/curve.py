@@ -68,6 +68,8 @@ SYSTEMS: tuple[System, ...] = (
     *_nar("NAR, 1 candidate", candidates=1, rescore=False),
     *_nar("NAR, 3 candidates", candidates=3, rescore=False),
     *_nar("NAR, 3 re-scored", candidates=3, rescore=True),
+    System("strict", "draft", "draft", {"draft_top_k": 1}),
+    System("3 within 1.0", "draft", "draft", {"draft_top_k": 3, "draft_margin": 1.0}),
 )
 
 

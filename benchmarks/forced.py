@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from janus_jax.config import ModelConfig
 from janus_jax.decode import beam, mask_predict
-from janus_jax.models import Janus, Params, empty_cache
+from janus_jax.models import ArCache, Janus, Params, empty_cache
 
 
 @functools.partial(jax.jit, static_argnames=("model", "width", "length"))
@@ -34,15 +34,14 @@ def autoregressive(
         ids=model.ids, beam=width, max_length=slots, min_length=length, forced_eos="free"
     )
 
-    def step(tokens: jax.Array, index: jax.Array, cache: object) -> Any:
+    def step(tokens: jax.Array, index: jax.Array, cache: ArCache) -> Any:
         return _apply(model, params, "ar_step", tokens, index, cache, memory)
 
     cache = empty_cache(model, source.shape[0], width, slots)
     limits = jnp.full(source.shape[0], slots)
     if width == 1:
         return beam.greedy_search(step, cache, limits, options).tokens[:, 0]
-    reorder = functools.partial(beam.reorder_beams, batch_axis=1)
-    return beam.beam_search(step, cache, limits, options, reorder=reorder).tokens[:, 0]
+    return beam.beam_search(step, cache, limits, options, reorder=ArCache.reorder).tokens[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "iterations", "length"))
@@ -56,10 +55,13 @@ def non_autoregressive(
     )
     lengths = jnp.full((source.shape[0], 1), length + 2)
 
-    def fill(canvas: jax.Array) -> jax.Array:
+    def look(canvas: jax.Array) -> jax.Array:
         return _apply(model, params, "nar_pass", canvas, memory)
 
-    return mask_predict.mask_predict(fill, lengths, options).tokens[:, 0, 1:]
+    def project(states: jax.Array) -> jax.Array:
+        return _apply(model, params, "logits", states)
+
+    return mask_predict.mask_predict(look, project, lengths, options).tokens[:, 0, 1:]
 
 
 def _apply(model: ModelConfig, params: Params, method: str, *args: object) -> Any:

@@ -97,8 +97,8 @@ def training(config: Config, opened: run.Run | None) -> dict[str, float]:
     parts = microbatches(config, mesh.row_shares(devices))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=parts))
     share = mesh.row_shares(devices) * parts
-    length = _bucket(config)
-    batches = _batches(config, opened, length, share)
+    length = middle_bucket(config)
+    batches = batches_of(config, opened, length, share)
     shardings = mesh.state_shardings(devices, jax.eval_shape(functools.partial(init_state, config)))
     state = jax.jit(functools.partial(init_state, config), out_shardings=shardings)()
     first = mesh.global_batch(devices, next(batches))
@@ -135,7 +135,7 @@ def training(config: Config, opened: run.Run | None) -> dict[str, float]:
 
 def decoding(config: Config, opened: run.Run | None) -> list[dict[str, Any]]:
     """One row for each system and batch size."""
-    length = _bucket(config)
+    length = middle_bucket(config)
     sources = _sources(config, opened, length)
     if opened:
         params, _ = opened.params("best")
@@ -180,12 +180,12 @@ def _decode(
     }
 
 
-def _bucket(config: Config) -> int:
+def middle_bucket(config: Config) -> int:
     """The padded length everything is measured at: the middle bucket."""
     return config.batch.buckets[len(config.batch.buckets) // 2]
 
 
-def _batches(config: Config, opened: run.Run | None, length: int, share: int) -> Iterator[Batch]:
+def batches_of(config: Config, opened: run.Run | None, length: int, share: int) -> Iterator[Batch]:
     """Training batches of one length: the run's own through its pipeline, or random ones."""
     if opened:
         pairs = open_split(config.data, opened.data_folder, config.data.train_split)

@@ -128,6 +128,10 @@ class LossConfig:
     kl_ar_nar: float = 1.0
     rdrop_alpha: float = 5.0  # objective rdrop: weight of its KL, as in the R-Drop paper
     chunk: int = 128  # slots whose logits exist at a time, on each device; 0: all of them (same numbers)
+    gather: bool = (
+        True  # the decoder computes only what the loss reads; False: every stream at every place in
+    )
+    # every layer (same numbers, but for the draws of dropout)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ Room: pure core, models.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -31,7 +32,9 @@ from janus_jax.models.transformer import (
     LayerCache,
     Plan,
     Sight,
+    keep,
     layer_norm,
+    run_pruned,
     sinusoidal_positions,
     stack,
 )
@@ -133,8 +136,9 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, plan: Plan, encoded: jax.Array, source_mask: jax.Array
     ) -> jax.Array:
-        """Token rows [B, N, D] of all slots, positions [N] -> [B, N, D]."""
-        x, _ = self.layers(self.input(tokens, positions), None, (plan, encoded, source_mask))
+        """Token rows [B, N, D] of all slots, positions [N] -> [B, N', D], the slots that come out."""
+        x = keep(self.input(tokens, positions), plan.enter)
+        x, _ = self._layers("__call__", x, None, plan, lambda p: (p, encoded, source_mask))
         return self._finish(x)
 
     def memory(self, encoded: jax.Array) -> KeysValues:
@@ -143,17 +147,38 @@ class Decoder(nn.Module):
 
     def remembered(self, tokens: jax.Array, positions: jax.Array, plan: Plan, memory: Memory) -> jax.Array:
         """As `__call__`, over a projected source; R may be B x candidates."""
+        x = keep(self.input(tokens, positions), plan.enter)
         cache = LayerCache(memory.layers)
-        x, _ = self.layers.remembered(self.input(tokens, positions), cache, (plan, memory.mask))
+        x, _ = self._layers("remembered", x, cache, plan, lambda p: (p, memory.mask))
         return self._finish(x)
 
     def step(
         self, tokens: jax.Array, positions: jax.Array, content: KeysValues, sight: Sight, memory: Memory
     ) -> tuple[jax.Array, KeysValues]:
-        """A decoding pass: rows [B, N, D], cached content [L, B, P, H, K] -> states [B, N, D], the cache."""
-        cache = LayerCache(memory.layers, content)
-        x, content = self.layers.step(self.input(tokens, positions), cache, (sight, memory.mask))
+        """A decoding pass: rows [B, N, D], cached content [L, B, P, H, K] -> states, the cache.
+
+        The states are those of the AR slots that predict, and of the canvas.
+        """
+        x, cache = self.input(tokens, positions), LayerCache(memory.layers, content)
+        if sight.ar == sight.content:
+            x, content = self.layers.step(x, cache, (sight, memory.mask))
+        else:  # content slots have no other reader in the last layer than the cache
+            last = dataclasses.replace(sight, kept=sight.content)
+            x, content = self._pruned("step", x, cache, ((sight, memory.mask), (last, memory.mask)))
         return self._finish(x), content
+
+    def _layers(
+        self, method: str, x: jax.Array, by_layer: Any, plan: Plan, shared: Callable[[Plan], Any]
+    ) -> tuple[jax.Array, Any]:
+        if plan.last is None:
+            return getattr(self.layers, method)(x, by_layer, shared(plan))
+        return self._pruned(method, x, by_layer, (shared(plan), shared(plan.last)))
+
+    def _pruned(
+        self, method: str, x: jax.Array, by_layer: Any, shared: tuple[Any, Any]
+    ) -> tuple[jax.Array, Any]:
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        return run_pruned(self.layers, method, x, by_layer, shared, key)
 
     def _finish(self, x: jax.Array) -> jax.Array:
         return x if self.norm is None else self.norm(x)
@@ -181,7 +206,7 @@ class Janus(nn.Module):
         self.encoder, self.decoder = Encoder(c), Decoder(c)
 
     def __call__(
-        self, source: jax.Array, target: jax.Array, masked: jax.Array | None = None, **asked: bool
+        self, source: jax.Array, target: jax.Array, masked: jax.Array | None = None, **asked: Any
     ) -> Outputs:
         """Logits; arguments as of `states`."""
         found = self.states(source, target, masked, **asked)
@@ -197,6 +222,8 @@ class Janus(nn.Module):
         ar: bool = True,
         nar: bool = True,
         aux: bool = True,
+        capacity: int | None = None,
+        prune: bool = False,
     ) -> Outputs:
         """One encoder pass, one decoder pass over the streams asked for; the states, not yet projected.
 
@@ -207,11 +234,22 @@ class Janus(nn.Module):
           ar: compute P_AR.
           nar: compute P_NAR.
           aux: compute P_AUX (needs nar).
+          capacity: slots that AUX is computed in, enough for the places in M (`streams.lay_out`); None: T.
+          prune: compute in the last layer what is read alone.  Neither changes a number that is read.
         """
         encoded, source_mask = self.encode(source)
-        slots = streams.lay_out(target, masked, self.config, self._target_rows, ar=ar, nar=nar, aux=aux)
-        x = self.decoder(slots.rows, slots.positions, slots.plan, encoded, source_mask)
-        read = {name: _aligned(name, x[:, a:b]) for name, (a, b) in slots.read.items()}
+        slots = streams.lay_out(
+            target,
+            masked,
+            self.config,
+            self._target_rows,
+            ar=ar,
+            nar=nar,
+            aux=aux,
+            capacity=capacity,
+            prune=prune,
+        )
+        read = slots.states(self.decoder(slots.rows, slots.positions, slots.plan, encoded, source_mask))
         return Outputs(
             read.get("ar"), read.get("nar"), read.get("aux"), self.length_logits(encoded, source_mask)
         )
@@ -255,9 +293,9 @@ class Janus(nn.Module):
         if beams > 1:
             cells = (cells[..., None] & (sources[..., None] == jnp.arange(beams))).reshape(*tokens.shape, -1)
         slots, positions, cells = self._with_queries(tokens, jnp.broadcast_to(index, (beams,)), cells)
-        sight = Sight(jnp.asarray(index) * beams, cells, None, beams)
+        sight = Sight(jnp.asarray(index) * beams, cells, None, beams, slots.shape[1])
         x, content = self.decoder.step(self._target_rows(slots), positions, cache.content, sight, memory)
-        return self.logits(x[:, -beams:]), ArCache(content, sources)
+        return self.logits(x), ArCache(content, sources)
 
     def draft_pass(
         self, tokens: jax.Array, start: jax.Array, canvas: jax.Array, cache: ArCache, memory: Memory
@@ -280,12 +318,12 @@ class Janus(nn.Module):
         # Slots beyond the tables are never read.
         slots, positions, cells = self._with_queries(tokens, jnp.minimum(places, limit), cells)
         on_canvas = jnp.broadcast_to(jnp.arange(canvas.shape[1]), canvas.shape)
-        sight = Sight(start, cells, masks.padding_mask(canvas != self.config.ids.pad), block)
+        on = masks.padding_mask(canvas != self.config.ids.pad)
+        sight = Sight(start, cells, on, block, slots.shape[1])
         slots = jnp.concatenate([slots, canvas], axis=1)
         positions = jnp.concatenate([positions, on_canvas], axis=1)
         x, content = self.decoder.step(self._target_rows(slots), positions, cache.content, sight, memory)
-        ar = cells.shape[1]
-        return self.logits(x[:, ar - block : ar]), x[:, ar:], ArCache(content, cache.sources)
+        return self.logits(x[:, :block]), x[:, block:], ArCache(content, cache.sources)
 
     def _with_queries(
         self, tokens: jax.Array, places: jax.Array, cells: jax.Array
@@ -314,7 +352,9 @@ class Janus(nn.Module):
         [:, :, t] is the distribution of y_t, as in `Outputs.ar`.
         """
         rows = target.reshape(-1, target.shape[-1])
-        slots = streams.lay_out(rows, None, self.config, self._target_rows, ar=True, nar=False, aux=False)
+        slots = streams.lay_out(
+            rows, None, self.config, self._target_rows, ar=True, nar=False, aux=False, prune=True
+        )
         return self.logits(self._read(slots, memory)).reshape(*target.shape, -1)
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -325,8 +365,8 @@ class Janus(nn.Module):
     def _read(self, slots: streams.Slots, memory: Memory) -> jax.Array:
         """States of the only distribution laid out."""
         x = self.decoder.remembered(slots.rows, slots.positions, slots.plan, memory)
-        ((name, (start, end)),) = slots.read.items()
-        return _aligned(name, x[:, start:end])
+        (states,) = slots.states(x).values()
+        return states
 
     def _target_rows(self, tokens: jax.Array) -> jax.Array:
         """Target token ids [..] -> embeddings [.., D]."""
@@ -338,14 +378,6 @@ class Janus(nn.Module):
         if tokens.ndim:  # else a single symbol's
             rows = constrain(rows, ROWS)
         return rows * self.config.dim**0.5 if self.config.scale_embeddings else rows
-
-
-def _aligned(name: str, x: jax.Array) -> jax.Array:
-    """States of the slots of one distribution [R, T, D], moved to the places that they predict.
-
-    AR slot t predicts place t + 1; moving states costs less than moving logits later.
-    """
-    return jnp.roll(x, 1, axis=1) if name == "ar" else x
 
 
 class _Input(nn.Module):

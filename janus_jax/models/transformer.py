@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from janus_jax.config import ModelConfig
+from janus_jax.models.members import Members, pick
 from janus_jax.sharding import ROWS, TENSOR, constrain
 
 NORMAL = nn.initializers.normal(0.02)  # BERT's initialisation, for every matrix and table
@@ -42,11 +44,35 @@ class Block:
 
 
 @struct.dataclass
+class Kept:
+    """A run of slots that is computed further: all of it, or what it holds at the places in M."""
+
+    slots: Range = struct.field(pytree_node=False)
+    members: Members | None = None
+
+
+@struct.dataclass
 class Plan:
-    """All self-attention of a decoder layer.  The blocks' queries cover the slots, in order."""
+    """All self-attention of a decoder layer.
+
+    Keys and values are those of all slots that come in; only the slots that are `kept` attend, in this
+    layer's blocks, and come out.  The blocks' queries cover the slots kept, in order.
+    """
 
     blocks: tuple[Block, ...]
     content: tuple[Range, ...] = struct.field(pytree_node=False)  # slots that give keys and values
+    kept: tuple[Kept, ...] | None = None  # None: all
+    enter: tuple[Kept, ...] | None = None  # of the slots embedded, those that enter the first layer
+    last: Plan | None = None  # of the last layer, where slots that nobody reads are keys and values alone
+
+
+def keep(x: jax.Array, kept: tuple[Kept, ...] | None) -> jax.Array:
+    """The slots of `x` [R, N, D] that are kept, side by side."""
+    if kept is None:
+        return x
+    runs = [(x[:, k.slots[0] : k.slots[1]], k.members) for k in kept]
+    chosen = [run if members is None else pick(run, members) for run, members in runs]
+    return constrain(jnp.concatenate(chosen, axis=1), ROWS)
 
 
 @struct.dataclass
@@ -69,6 +95,8 @@ class Sight:
     cells: jax.Array  # [B or 1, AR slots, P] bool, the cells that each AR slot sees
     canvas: jax.Array | None  # [B, 1, T] bool, the canvas slots that are not padding
     content: int = struct.field(pytree_node=False)  # how many of the slots are new content
+    ar: int = struct.field(pytree_node=False)  # how many are new content or AR queries
+    kept: int = struct.field(pytree_node=False, default=0)  # slots from this one on attend and come out
 
 
 def attend(
@@ -140,9 +168,16 @@ class _Layer(nn.Module):
     config: ModelConfig
 
     def _residual(self, x: jax.Array, norm: nn.Module, f: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        if self.config.norm == "pre":
-            return constrain(x + self.drop(f(norm(x))), ROWS)
-        return constrain(norm(x + self.drop(f(x))), ROWS)
+        return self._leaving(x, norm, f(self._entering(x, norm)))
+
+    def _entering(self, x: jax.Array, norm: nn.Module) -> jax.Array:
+        """What a sub-layer is fed."""
+        return norm(x) if self.config.norm == "pre" else x
+
+    def _leaving(self, x: jax.Array, norm: nn.Module, found: jax.Array) -> jax.Array:
+        """`x` with what a sub-layer found."""
+        x = x + self.drop(found)
+        return constrain(x if self.config.norm == "pre" else norm(x), ROWS)
 
 
 class EncoderLayer(_Layer):
@@ -204,40 +239,34 @@ class DecoderLayer(_Layer):
         """
         sight, source_mask = shared
         assert cache.content is not None
-        updated: list[KeysValues] = []
-
-        def attention(h: jax.Array) -> jax.Array:
-            ar = sight.cells.shape[1]
-            q = self.attention.queries(h)
-            k, v = self.attention.keys_values(jnp.concatenate([h[:, : sight.content], h[:, ar:]], axis=1))
-            new = (_by_head(k[:, :, : sight.content]), _by_head(v[:, :, : sight.content]))
-            kv = tuple(
-                _write_cells(old, fresh, sight.start)
-                for old, fresh in zip(cache.content, new, strict=True)  # type: ignore[arg-type]
-            )
-            updated.append((kv[0], kv[1]))
-            cached = (_by_head(updated[0][0]), _by_head(updated[0][1]))
-            seen = [self.attention.gather(q[:, :ar], cached, sight.cells)]
-            if sight.canvas is not None:
-                own = (k[:, :, sight.content :], v[:, :, sight.content :])
-                seen.append(self.attention.gather(q[:, ar:], own, sight.canvas))
-            return self.attention.out(jnp.concatenate(seen, axis=1))
-
-        x = self._residual(x, self.attention_norm, attention)
-        return self._rest(x, cache.memory, source_mask), updated[0]
+        h = self._entering(x, self.attention_norm)
+        given = jnp.concatenate([h[:, : sight.content], h[:, sight.ar :]], axis=1)
+        k, v = self.attention.keys_values(given)
+        content = (
+            _write_cells(cache.content[0], _by_head(k[:, :, : sight.content]), sight.start),
+            _write_cells(cache.content[1], _by_head(v[:, :, : sight.content]), sight.start),
+        )
+        x, h = x[:, sight.kept :], h[:, sight.kept :]
+        q, ar = self.attention.queries(h), sight.ar - sight.kept
+        cached = (_by_head(content[0]), _by_head(content[1]))
+        seen = [self.attention.gather(q[:, :ar], cached, sight.cells[:, sight.kept :])]
+        if sight.canvas is not None:
+            own = (k[:, :, sight.content :], v[:, :, sight.content :])
+            seen.append(self.attention.gather(q[:, ar:], own, sight.canvas))
+        x = self._leaving(x, self.attention_norm, self.attention.out(jnp.concatenate(seen, axis=1)))
+        return self._rest(x, cache.memory, source_mask), content
 
     def _self_attention(self, x: jax.Array, plan: Plan) -> jax.Array:
-        def attention(h: jax.Array) -> jax.Array:
-            q = self.attention.queries(h)
-            content = [h[:, a:b] for a, b in plan.content]
-            k, v = self.attention.keys_values(jnp.concatenate(content, axis=1))
-            seen = []
-            for block in plan.blocks:
-                (qa, qb), (ka, kb) = block.queries, block.keys
-                seen.append(self.attention.gather(q[:, qa:qb], (k[:, :, ka:kb], v[:, :, ka:kb]), block.mask))
-            return self.attention.out(jnp.concatenate(seen, axis=1))
-
-        return self._residual(x, self.attention_norm, attention)
+        h = self._entering(x, self.attention_norm)
+        content = [h[:, a:b] for a, b in plan.content]
+        k, v = self.attention.keys_values(jnp.concatenate(content, axis=1))
+        x, h = keep(x, plan.kept), keep(h, plan.kept)
+        q = self.attention.queries(h)
+        seen = []
+        for block in plan.blocks:
+            (qa, qb), (ka, kb) = block.queries, block.keys
+            seen.append(self.attention.gather(q[:, qa:qb], (k[:, :, ka:kb], v[:, :, ka:kb]), block.mask))
+        return self._leaving(x, self.attention_norm, self.attention.out(jnp.concatenate(seen, axis=1)))
 
     def _rest(self, x: jax.Array, memory: KeysValues, source_mask: jax.Array) -> jax.Array:
         def cross(h: jax.Array) -> jax.Array:
@@ -265,6 +294,53 @@ def stack(layer: type[_Layer], config: ModelConfig, depth: int, methods: tuple[s
         unroll=1 if config.scan_layers else depth,
         methods=methods,
     )(config)
+
+
+def run_pruned(
+    layers: nn.Module,
+    method: str,
+    x: jax.Array,
+    by_layer: Any,
+    shared: tuple[Any, Any],
+    key: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    """As `method` of a `stack` of decoder layers, but the last layer is told something else than the others.
+
+    Another shape comes out of the last layer, so the scan ends before it, and the last one is applied with
+    its part of the same parameters.
+
+    Args:
+      layers: the bound stack, with its parameters.
+      method: of `DecoderLayer`.
+      x: [R, N, D].
+      by_layer: what differs by layer, each array [L, ..].
+      shared: what all layers but the last share, and what the last one is given.
+      key: of dropout, or None.
+
+    Returns:
+      The last layer's states, and what the layers found, stacked on a first axis [L, ...].
+    """
+    config: ModelConfig = layers.config  # type: ignore[attr-defined]
+    depth = config.decoder_layers
+    layer = DecoderLayer(config, parent=None)
+    keys = None if key is None else jax.random.split(key, depth)
+    stacked = (layers.variables["params"], keys, by_layer)
+
+    def apply(x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
+        params, key, here = own
+        rngs = None if key is None else {"dropout": key}
+        return layer.apply({"params": params}, x, here, shared, rngs=rngs, method=method)  # type: ignore[return-value]
+
+    if config.remat:
+        apply = jax.checkpoint(apply, prevent_cse=not config.scan_layers)
+    found = None
+    if depth > 1:
+        unroll = 1 if config.scan_layers else depth - 1
+        others = jax.tree.map(lambda a: a[:-1], stacked)
+        x, found = jax.lax.scan(lambda x, own: apply(x, own, shared[0]), x, others, unroll=unroll)
+    x, last = apply(x, jax.tree.map(lambda a: a[-1], stacked), shared[1])
+    one = jax.tree.map(lambda a: a[None], last)
+    return x, one if depth == 1 else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), found, one)
 
 
 def layer_norm(config: ModelConfig) -> nn.Module:
