@@ -208,6 +208,30 @@ def _translate(args: argparse.Namespace, _: Overrides) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace, _: Overrides) -> int:
+    from janus_jax import export, run
+    from janus_jax.translator import modes_of
+
+    opened = run.open_run(args.workdir)
+    mode = args.decode or modes_of(opened.config.loss)[0]
+    manifest = export.export(
+        opened,
+        args.output,
+        mode,
+        checkpoint=args.checkpoint,
+        batch_size=args.batch_size,
+        platforms=args.platforms.split(","),
+        **_options_for(mode, [mode], args),
+    )
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    print(
+        f"written: {args.output}: {mode} of {manifest['checkpoint']} for {', '.join(manifest['platforms'])}, "
+        f"{len(manifest['files'])} files, {size / 1e6:.1f} MB"
+    )
+    print(f"try: python {args.output / 'load.py'} < source.txt > target.txt")
+    return 0
+
+
 def _plot(args: argparse.Namespace, _: Overrides) -> int:
     from janus_jax import report
 
@@ -366,6 +390,22 @@ before anything is written.  Blank lines stay blank.  A line longer than the mod
 is cut and reported.
 
   janus-jax translate --workdir=runs/m30k --decode=nar --iterations=4 < source.txt > target.txt
+"""
+
+EXPORT = """\
+Export a run for serving: a folder that decodes with jax alone, one way, with these options.
+
+reads    WORKDIR
+writes   DIR: manifest.json, params.npz, programs/ (StableHLO, for several platforms), vocab.model,
+         vocab.json, and load.py, which runs it
+
+DIR appears whole or not at all; an export that is there is replaced.
+
+Where it runs it needs the packages jax, flatbuffers and sentencepiece, and nothing of this one.  What it
+writes equals what `translate` writes with the same options.
+
+  janus-jax export --workdir=runs/m30k --output=m30k-nar --decode=nar --iterations=4
+  python m30k-nar/load.py < source.txt > target.txt
 """
 
 BENCH = """\
@@ -599,6 +639,19 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         default=1,
         metavar="N",
         help="write up to N hypotheses a line, best first, as `LINE ||| TEXT ||| SCORE`, lines from 0",
+    )
+    _add_decoding(flags_)
+    flags_ = verb("export", _export, EXPORT)
+    _add_workdir(flags_, required=True)
+    flags_.add_argument("--output", type=as_path, required=True, metavar="DIR", help="the folder to write")
+    flags_.add_argument(
+        "--decode", type=_mode, metavar="MODE", help="ar or nar (default: ar if the run has it)"
+    )
+    flags_.add_argument(
+        "--platforms",
+        default="cpu,cuda,tpu",
+        metavar="NAME,...",
+        help="what the programs are for: cpu, cuda, rocm, tpu; not needed here (default: cpu,cuda,tpu)",
     )
     _add_decoding(flags_)
     with_config("bench", _bench, BENCH, needs_workdir=False)

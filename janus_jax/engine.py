@@ -65,6 +65,11 @@ class Engine:
         """Rows of a batch must be a multiple of this."""
         return mesh.row_shares(self._mesh)
 
+    @property
+    def params(self) -> Any:
+        """The parameters, on the devices."""
+        return self._params
+
     def set_params(self, params: Any) -> None:
         """Other parameters of the same model; what is compiled stays."""
         self._params = jax.device_put(params, mesh.replicated(self._mesh))

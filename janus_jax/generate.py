@@ -69,6 +69,11 @@ class Generator:
             return beam.greedy_search(step, cache, limits, options)
         return beam.beam_search(step, cache, limits, options, reorder=ArCache.reorder)
 
+    def draft(self, params: Params, source: jax.Array) -> draft_verify.DraftResult:
+        """`draft_and_verify` of sources [B, S] in one program, on a canvas for the longest target."""
+        memory, lengths = self.remember(params, source)
+        return self.draft_and_verify(params, source, memory, lengths, self.slots(source.shape[1]) + 1)
+
     def draft_and_verify(
         self, params: Params, source: jax.Array, memory: Memory, lengths: jax.Array, slots: int
     ) -> draft_verify.DraftResult:

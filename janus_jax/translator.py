@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from janus_jax import losses, processes, run
-from janus_jax.config import Config, ConfigError, DecodeConfig, ModelConfig, from_dict
+from janus_jax.config import Config, ConfigError, DecodeConfig, LossConfig, ModelConfig, from_dict
 from janus_jax.engine import Engine, Report
 from janus_jax.generate import Generator, with_options
 from janus_jax.models import init_params
@@ -85,6 +85,11 @@ class Translator:
         _check_params(params, opened.config.model, opened)
         return cls(params, opened.config, vocabulary, name=name)
 
+    @property
+    def params(self) -> Any:
+        """The parameters, on the devices."""
+        return self._engine.params
+
     def set_params(self, params: Any) -> None:
         """Other parameters of the same model; what is compiled stays."""
         self._engine.set_params(params)
@@ -92,8 +97,7 @@ class Translator:
     @property
     def modes(self) -> tuple[str, ...]:
         """What this model was trained for: "ar", "nar", or both and with them "draft"."""
-        needed = losses.streams_needed(self.config.loss)
-        return tuple(mode for mode in MODES if all(needed[side] for side in SIDES[mode]))
+        return modes_of(self.config.loss)
 
     def options(self, decode: str, *, nbest: int = 1, **options: Any) -> DecodeConfig:
         """What decoding would go by: the run's `decode` section with `options` in place of its own.
@@ -250,6 +254,12 @@ class Translator:
                 # A byte piece may spell a line break; an answer is one line.
                 found.append(Hypothesis(clean_line(self.vocabulary.decode(row)), float(score), count))
         return found
+
+
+def modes_of(loss: LossConfig) -> tuple[str, ...]:
+    """What a model trained with this loss can decode: ("ar",), ("nar",) or both."""
+    needed = losses.streams_needed(loss)
+    return tuple(mode for mode in MODES if all(needed[side] for side in SIDES[mode]))
 
 
 def decode_together(

@@ -15,6 +15,7 @@ SHELLS = {
     "bench",
     "compile",
     "demo",
+    "export",
     "cli",
     "__main__",
     "__init__",
@@ -47,6 +48,7 @@ ALLOWED = {
     "data": {"text", "batch", "config"},
     "convert": {"config"},
     "run": {"config", "text", "checkpoint", "report", "paths"},
+    "exported": set(),  # a copy of it runs where nothing of ours is
     "engine": {"config", "sharding", "generate", "mesh"},
     "translator": {"config", "generate", "engine", "losses", "mesh", "models", "processes", "run", "text"},
 }

@@ -46,6 +46,7 @@ Project = Callable[[jax.Array], jax.Array]
 
 READ_AT_ONCE = 2048  # most slots whose logits exist at a time; a quarter of the canvas if that is less
 READ_AT_LEAST = 16
+READ_OF_ANY = 256  # where the number of rows is a symbol (`janus-jax export`)
 
 EMPTY = 2  # length of a canvas without slots: BOS and EOS
 
@@ -289,23 +290,25 @@ def fill_slots(
       [...] int32 and [...] float32; 0 where nothing was read.
     """
     shape, flat = where.shape, states.reshape(-1, states.shape[-1])
-    size = min(READ_AT_ONCE, max(READ_AT_LEAST, -(-flat.shape[0] // 4)), flat.shape[0])
+    size, known = READ_OF_ANY, flat.shape[0]
+    if isinstance(known, int):
+        size = min(READ_AT_ONCE, max(READ_AT_LEAST, -(-known // 4)), known)
     order = jnp.argsort(~where.reshape(-1), stable=True)  # the chosen slots, then the others
-    order = jnp.pad(order, (0, -flat.shape[0] % size))
+    order = jnp.pad(order, (0, size))
     count = jnp.sum(where, dtype=jnp.int32)
 
     def read(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         start, symbols, log_probs = carry
         slots = lax.dynamic_slice_in_dim(order, start, size)
         # Beyond the chosen ones: out of range, so that nothing is written.
-        slots = jnp.where(start + jnp.arange(size) < count, slots, flat.shape[0])
+        slots = jnp.where(start + jnp.arange(size) < count, slots, jnp.iinfo(slots.dtype).max)
         logits = project(jnp.take(flat, slots, axis=0, mode="clip")).astype(jnp.float32)
         found, best = best_symbol(admit(logits, banned))
         symbols = symbols.at[slots].set(found, mode="drop")
         log_p = best - jax.nn.logsumexp(logits, axis=-1)
         return start + size, symbols, log_probs.at[slots].set(log_p, mode="drop")
 
-    start = (jnp.int32(0), jnp.zeros(flat.shape[0], jnp.int32), jnp.zeros(flat.shape[0]))
+    start = (jnp.int32(0), jnp.zeros(known, jnp.int32), jnp.zeros(known))
     _, symbols, log_probs = lax.while_loop(lambda carry: carry[0] < count, read, start)
     return symbols.reshape(shape), log_probs.reshape(shape)
 
