@@ -6,6 +6,7 @@ A batch is a dict of arrays in the original token order, padded on the right to 
   target  [B, T] int32   BOS ... EOS PAD...
   masked  [B, T] bool    the set M: True where NAR and AUX must predict; never BOS, EOS or padding
   index   [B]    int32   number of the example in its split; -1 for a filler row, which is all PAD
+  turn    [B, T] int32   with batch.order = random alone: when a place in M has its turn, from 0; 0 elsewhere
 
 Letters: B batch, S source length, T target length, n length of one target.
 Room: pure core.  Imports config only; numpy on the host, no files, no devices.
@@ -39,28 +40,36 @@ class Example:
     source: np.ndarray  # [S] int32, BOS ... EOS
     target: np.ndarray  # [n] int32, BOS ... EOS
     masked: np.ndarray  # [n] bool
+    turn: np.ndarray | None = None  # [n] int32, or None for the order of the sentence
 
 
-def spec(rows: int, length: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def spec(rows: int, length: int, order: str = "sentence") -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """{name: (shape, dtype)} of a batch of `rows` rows, source and target padded to `length`."""
     tokens, ids = (rows, length), np.dtype(np.int32)
+    turn = {"turn": (tokens, ids)} if order == "random" else {}
     return {
         "source": (tokens, ids),
         "target": (tokens, ids),
         "masked": (tokens, np.dtype(np.bool_)),
         "index": ((rows,), ids),
+        **turn,
     }
 
 
-def assemble(examples: Sequence[Example | None], rows: int, length: int, pad: int) -> Batch:
+def assemble(
+    examples: Sequence[Example | None], rows: int, length: int, pad: int, order: str = "sentence"
+) -> Batch:
     """The batch of `examples`, in order, followed by filler rows up to `rows`; None is a filler row too.
 
+    `order` is `batch.order`: for random, each example has its turns.
+
     Raises:
-      ValueError: more examples than rows, or an example longer than `length`.
+      ValueError: more examples than rows, an example longer than `length`, or one without the turns
+        that `order` needs.
     """
     if len(examples) > rows:
         raise ValueError(f"{len(examples)} examples do not fit into {rows} rows")
-    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec(rows, length).items()}
+    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec(rows, length, order).items()}
     source, target, masked, index = (batch[k] for k in ("source", "target", "masked", "index"))
     source.fill(pad)
     target.fill(pad)
@@ -75,10 +84,28 @@ def assemble(examples: Sequence[Example | None], rows: int, length: int, pad: in
         target[row, :n] = example.target
         masked[row, :n] = example.masked
         index[row] = example.index
+        if "turn" in batch:
+            if example.turn is None:
+                raise ValueError(f"example {example.index} has no turns, which batch.order = {order} needs")
+            batch["turn"][row, :n] = example.turn
     return batch
 
 
 # -- corruption --------------------------------------------------------------------------------
+
+
+def corrupted(
+    index: int,
+    source: np.ndarray,
+    target: np.ndarray,
+    rng: np.random.Generator,
+    config: BatchConfig,
+    ids: SpecialIds,
+) -> Example:
+    """The pair with its set M, and the turns that `batch.order` asks for; M is the same in every order."""
+    masked = corrupt(target, rng, config, ids)
+    turn = draw_turns(masked, rng) if config.order == "random" else None
+    return Example(index, source, target, masked, turn)
 
 
 def corrupt(target: np.ndarray, rng: np.random.Generator, config: BatchConfig, ids: SpecialIds) -> np.ndarray:
@@ -101,6 +128,13 @@ def corrupt(target: np.ndarray, rng: np.random.Generator, config: BatchConfig, i
     masked |= target == ids.mask
     masked[:1] = masked[-1:] = False
     return masked
+
+
+def draw_turns(masked: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random order over M, [n] bool -> [n] int32: each place in M has its turn, from 0; 0 elsewhere."""
+    turns = np.zeros(len(masked), np.int32)
+    turns[masked] = rng.permutation(int(masked.sum()))
+    return turns
 
 
 def capacity(length: int, config: BatchConfig, ids: SpecialIds) -> int | None:

@@ -225,7 +225,7 @@ def build_train(config: Config, machine: Machine) -> Program:
     by_row = mesh.batch_sharding(m)
     batch = {
         k: jax.ShapeDtypeStruct(shape, dtype, sharding=by_row)
-        for k, (shape, dtype) in batches.spec(rows, length).items()
+        for k, (shape, dtype) in batches.spec(rows, length, config.batch.order).items()
     }
     parts = config.train.microbatches
 
@@ -614,12 +614,11 @@ def _random_batch(config: Config, rows: int, length: int) -> batches.Batch:
     lowest = max(dataclasses.astuple(ids)) + 1
     tokens = rng.integers(lowest, config.model.vocab_size, (rows, length), np.int32)
     tokens[:, 0], tokens[:, -1] = ids.bos, ids.eos
-    drawn = [
-        batches.corrupt(row, batches.example_rng(config.seed, 0, i), config.batch, ids)
+    examples = [
+        batches.corrupted(i, row, row, batches.example_rng(config.seed, 0, i), config.batch, ids)
         for i, row in enumerate(tokens)
     ]
-    index = np.arange(rows, dtype=np.int32)
-    return {"source": tokens, "target": tokens, "masked": np.stack(drawn), "index": index}
+    return batches.assemble(examples, rows, length, ids.pad, config.batch.order)
 
 
 def _measured_chip() -> Chip:

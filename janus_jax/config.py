@@ -22,6 +22,7 @@ OBJECTIVES = ("janus", "ar", "cmlm", "rdrop")
 AR_POSITIONS = ("code", "figure", "aligned")
 AR_STREAMS = ("query", "content")
 SAMPLERS = ("span", "uniform")
+ORDERS = ("sentence", "random")
 SCHEDULES = ("inverse_sqrt", "polynomial", "constant")
 
 
@@ -77,6 +78,7 @@ class BatchConfig:
     sampler: str = "span"  # span (Poisson spans) | uniform (CMLM)
     mask_rate: float = 0.7  # span sampler: budget as a share of the target
     span_mean: float = 2.0  # span sampler: mean of the Poisson of span lengths
+    order: str = "sentence"  # sentence | random: in which order over M the tokens are true ones to AUX
     workers: int = 2  # reading threads
     prefetch: int = 16  # batches read ahead
 
@@ -358,6 +360,7 @@ def _faults(c: Config) -> Iterator[str]:
     yield from one_of("model.activation", ("relu", "gelu"))
     yield from one_of("model.dtype", ("float32", "bfloat16"))
     yield from one_of("batch.sampler", SAMPLERS)
+    yield from one_of("batch.order", ORDERS)
     yield from one_of("optim.schedule", SCHEDULES)
     yield from one_of("vocab.kind", ("unigram", "bpe"))
     yield from one_of("train.nonfinite", ("stop", "skip"))

@@ -39,7 +39,9 @@ def causal_mask(length: int) -> jax.Array:
 Held = tuple[jax.Array, jax.Array]  # places that C slots hold, [R, C] int, and which hold one, [R, C] bool
 
 
-def true_content_mask(masked: jax.Array, real: jax.Array, held: Held | None = None) -> jax.Array:
+def true_content_mask(
+    masked: jax.Array, real: jax.Array, held: Held | None = None, turn: jax.Array | None = None
+) -> jax.Array:
     """Rows of the true-token content stream: [R, T] x 2 bool -> [R, T, 2T] bool.
 
     Columns: T slots of NAR content, then T slots of true-token content.  Slot j in M sees the
@@ -53,14 +55,19 @@ def true_content_mask(masked: jax.Array, real: jax.Array, held: Held | None = No
 
     With `held`, there are C slots of true-token content, rows and columns alike: [R, C, T + C] bool.  The
     rows of slots that hold nothing are never read.
+
+    With `turn`, [R, T] int, M has another order than that of the sentence: before and after, k < j and
+    k > j, are then said of the turns of the two places.
     """
-    return _two_stream(masked, real, held, own=False)
+    return _two_stream(masked, real, held, turn, own=False)
 
 
-def aux_query_mask(masked: jax.Array, real: jax.Array, held: Held | None = None) -> jax.Array:
+def aux_query_mask(
+    masked: jax.Array, real: jax.Array, held: Held | None = None, turn: jax.Array | None = None
+) -> jax.Array:
     """Rows of the AUX query stream: [R, T] x 2 bool -> [R, T, 2T] bool.
 
-    Columns as in `true_content_mask`, with `held` as well.  Slot j in M, which predicts y_j, sees the
+    Columns as in `true_content_mask`, `held` and `turn` as well.  Slot j in M, which predicts y_j, sees the
     visible tokens, the mask symbols at k >= j (its own among them), and the true tokens at k < j:
 
           NAR content  true tokens
@@ -68,19 +75,24 @@ def aux_query_mask(masked: jax.Array, real: jax.Array, held: Held | None = None)
         a x x x x x    . . . . .
         c x . x x x    . x . . .
     """
-    return _two_stream(masked, real, held, own=True)
+    return _two_stream(masked, real, held, turn, own=True)
 
 
-def _two_stream(masked: jax.Array, real: jax.Array, held: Held | None, *, own: bool) -> jax.Array:
+def _two_stream(
+    masked: jax.Array, real: jax.Array, held: Held | None, turn: jax.Array | None, *, own: bool
+) -> jax.Array:
     """`own`: slot j still sees the mask symbol in its own place rather than its true token."""
-    place = jnp.arange(masked.shape[-1])[None, :]
-    slot, there = (place, masked) if held is None else held  # of the rows, and of the true tokens
+    turn = jnp.arange(masked.shape[-1])[None, :] if turn is None else turn
+    slot, there = turn, masked  # of the rows, and of the true tokens
+    if held is not None:
+        place, there = held
+        slot = jnp.take_along_axis(jnp.broadcast_to(turn, masked.shape), place, axis=1)
     compare = jnp.greater_equal if own else jnp.greater
 
     def ahead(column: jax.Array) -> jax.Array:
         """Does what stands there come after the slot of the row?  If so, its symbol is seen."""
         return compare(column[:, None, :], slot[:, :, None])
 
-    symbols = real[:, None, :] & (~masked[:, None, :] | ahead(place))
+    symbols = real[:, None, :] & (~masked[:, None, :] | ahead(turn))
     truths = there[:, None, :] & ~ahead(slot)
     return jnp.concatenate([symbols, truths], axis=-1)

@@ -176,6 +176,7 @@ def _forward(
 ) -> Outputs:
     """What the objective reads, logits or states; dropout is on exactly when a key is given."""
     asked: dict[str, Any] = losses.streams_needed(config.loss)
+    asked["turn"] = batch.get("turn")
     if config.loss.gather:
         length = batch["target"].shape[1]
         asked |= {"prune": True, "capacity": capacity(length, config.batch, config.model.ids)}

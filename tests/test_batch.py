@@ -34,6 +34,39 @@ def test_assemble_pads_with_the_given_id_and_refuses_what_does_not_fit():
         B.assemble([one], 1, 2, 0)
 
 
+def test_a_random_order_leaves_everything_else_as_it_is():
+    ids, source = SpecialIds(), np.array([1, 9, 2], np.int32)
+    target = np.array([ids.bos, *range(10, 30), ids.eos], np.int32)
+    made = {}
+    for order in ("sentence", "random"):
+        config = BatchConfig(order=order)
+        drawn = [B.corrupted(i, source, target, B.example_rng(0, 0, i), config, ids) for i in (3, 4, 3)]
+        made[order] = B.assemble([*drawn, None], 4, 24, ids.pad, order)
+    plain, batch = made["sentence"], made["random"]
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == B.spec(4, 24, "random")
+    turn = batch.pop("turn")
+    assert batch.keys() == plain.keys() == B.spec(4, 24).keys()
+    for name in plain:
+        np.testing.assert_array_equal(batch[name], plain[name])
+    for row in range(4):
+        of_m = turn[row, batch["masked"][row]]
+        assert sorted(of_m) == list(range(len(of_m)))
+        assert not turn[row, ~batch["masked"][row]].any()
+    assert (np.diff(turn[0, batch["masked"][0]]) < 0).any()
+    np.testing.assert_array_equal(turn[0], turn[2])
+    assert (turn[0] != turn[1]).any()
+    with pytest.raises(ValueError, match="example 7 has no turns"):
+        B.assemble([example(7, [1, 9, 2], [1, 11, 12, 2])], 1, 5, 0, "random")
+
+
+def test_every_order_over_m_is_drawn_equally_often():
+    rng, masked = np.random.default_rng(0), np.array([False, True, True, False, True, False])
+    drawn = [tuple(B.draw_turns(masked, rng)[masked]) for _ in range(1200)]
+    counts = [drawn.count(one) for one in set(drawn)]
+    assert len(counts) == 6
+    assert min(counts) > 150
+
+
 @pytest.mark.parametrize("n", [3, 4, 6, 12, 25, 50])
 @pytest.mark.parametrize(("sampler", "name"), [("span", "whole_word_mask"), ("uniform", "random_noise")])
 def test_samplers_follow_the_reference(golden, sampler, name, n):

@@ -77,6 +77,7 @@ def test_differences():
     [
         ({"modle": {}}, r"unknown key 'modle'; did you mean 'model'\?"),
         ({"model": {"dmi": 1}}, r"unknown key 'model.dmi'; did you mean 'model.dim'\?"),
+        ({"batch": {"order": "left"}}, "batch.order must be one of sentence, random, got 'left'"),
         ({"model": 3}, "model is a section, not a value: got 3"),
         ({"model": {"dim": "8"}}, r"model.dim must be int, got '8' \(str\)"),
         ({"model": {"dim": True}}, "model.dim must be int, got True"),

@@ -1,5 +1,6 @@
 """Encoded splits and the batches made of them: exact, repeatable, the same for any number of hosts."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -132,6 +133,17 @@ def test_batches_hold_what_the_plan_says():
                 padded = np.pad(expected, (0, planned.length - len(expected)), constant_values=IDS.pad)
                 np.testing.assert_array_equal(batch[side][row], padded)
             assert set(batch["target"][row][batch["masked"][row]]) <= {10 + index}  # no BOS, EOS or padding
+
+
+def test_a_random_order_over_m_comes_with_the_same_batches():
+    data, ordered = examples(), dataclasses.replace(CONFIG, order="random")
+    plain, batches = (take(pipeline.train_batches(data, c, seed=5), 3) for c in (CONFIG, ordered))
+    for batch, other in zip(batches, plain, strict=True):
+        assert {k: (v.shape, v.dtype) for k, v in batch.items()} == B.spec(*batch["target"].shape, "random")
+        for name in other:
+            np.testing.assert_array_equal(batch[name], other[name])
+        for turn, masked in zip(batch["turn"], batch["masked"], strict=True):
+            assert sorted(turn[masked]) == list(range(masked.sum()))
 
 
 def test_resume_at_any_step():

@@ -74,6 +74,35 @@ def test_every_slot_of_m_sees_each_place_exactly_once(batch):
         np.testing.assert_array_equal(times, np.broadcast_to(real[:, None], times.shape))
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["truth", "aux"])
+def test_a_random_order_over_m_by_loop(batch, own):
+    """Turns take the place of places, whether the places in M are held by slots or not."""
+    masked, real = batch
+    rng = np.random.default_rng(3)
+    turn = np.zeros((B, T), np.int32)
+    for b in range(B):
+        turn[b, masked[b]] = rng.permutation(masked[b].sum())
+    assert (np.diff(turn[0, masked[0]]) < 0).any()
+    make = masks.aux_query_mask if own else masks.true_content_mask
+    mask = np.asarray(make(*map(jax.numpy.asarray, batch), None, jax.numpy.asarray(turn)))
+    for b, j, k in np.ndindex(B, T, T):
+        if masked[b, j]:
+            mine, other = turn[b, j], turn[b, k]
+            before = other < mine if own else other <= mine
+            visible = real[b, k] and not masked[b, k]
+            assert mask[b, j, k] == (visible or (masked[b, k] and not before))
+            assert mask[b, j, T + k] == (masked[b, k] and before)
+    place = np.argsort(~masked, axis=1, kind="stable")[:, : masked.sum(1).max()]
+    there = np.take_along_axis(masked, place, axis=1)
+    held = np.asarray(make(*jax.tree.map(jax.numpy.asarray, (masked, real, (place, there), turn))))
+    for b in range(B):
+        at = place[b, there[b]]
+        np.testing.assert_array_equal(
+            held[b, : len(at)][:, np.append(np.ones(T, bool), there[b])],
+            mask[b, at][:, np.append(np.arange(T), T + at)],
+        )
+
+
 @pytest.mark.parametrize("make", [masks.true_content_mask, masks.aux_query_mask])
 def test_with_held_places_the_rows_and_columns_of_m_are_the_same(batch, make):
     masked, real = batch

@@ -399,6 +399,27 @@ def test_what_is_read_is_the_same_where_nothing_else_is_computed(batch, name, ch
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=3e-4), ours, plain)
 
 
+def test_a_random_order_over_m_changes_who_sees_whom(params, batch, whole):
+    """A true token reaches P_AUX where its turn is later, however the places in M are held."""
+    source, target, masked = batch
+    in_m = np.flatnonzero(masked[0])
+    turn = np.zeros(masked.shape, np.int32)
+    turn[0, in_m] = order = np.array([2, 0, 3, 1])
+    turn[1, masked[1]] = [0, 1, 2]  # the order of the sentence
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def aux(target, capacity):
+        asked = {"turn": turn, "capacity": capacity, "prune": capacity is not None}
+        return Janus(BASE).apply({"params": params}, source, target, masked, **asked).aux
+
+    before = {capacity: aux(target, capacity) for capacity in (None, 4)}
+    close(before[4][masked], before[None][masked])
+    close(before[4][1, masked[1]], whole.aux[1, masked[1]])
+    for k, mine in zip(in_m, order, strict=True):
+        after = aux(with_token(target, 0, k), 4)
+        assert moved(before[4], after)[0, in_m].tolist() == [other > mine for other in order]
+
+
 def test_more_in_m_than_there_are_slots_is_not_passed_over(params, batch):
     """The row in question is NaN where it is read, so no loss can do without it; the others are well."""
     *_, masked = batch

@@ -22,7 +22,16 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from janus_jax.batch import EVAL_STREAM, FILLER, TRAIN_STREAM, Batch, Example, assemble, corrupt, example_rng
+from janus_jax.batch import (
+    EVAL_STREAM,
+    FILLER,
+    TRAIN_STREAM,
+    Batch,
+    Example,
+    assemble,
+    corrupted,
+    example_rng,
+)
 from janus_jax.config import BatchConfig
 from janus_jax.data.encoded import EncodedSource
 from janus_jax.data.lines import DataError
@@ -206,13 +215,13 @@ class _Batches:
         shares, of = self._part
         mine = planned.indices.reshape(of, -1)[list(shares)].ravel()
         examples = [None if i == FILLER else self._example(planned.epoch, int(i)) for i in mine]
-        return assemble(examples, len(mine), planned.length, self._examples.ids.pad)
+        return assemble(examples, len(mine), planned.length, self._examples.ids.pad, self._config.order)
 
     def _example(self, epoch: int, index: int) -> Example:
         target = self._examples.target(index)
         rng = example_rng(self._seed, epoch, index, self._stream)
-        masked = corrupt(target, rng, self._config, self._examples.ids)
-        return Example(index, self._examples.source(index), target, masked)
+        source = self._examples.source(index)
+        return corrupted(index, source, target, rng, self._config, self._examples.ids)
 
 
 def _checked(part: tuple[Sequence[int], int], row_multiple: int) -> tuple[Sequence[int], int]:

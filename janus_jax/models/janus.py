@@ -222,6 +222,7 @@ class Janus(nn.Module):
         ar: bool = True,
         nar: bool = True,
         aux: bool = True,
+        turn: jax.Array | None = None,
         capacity: int | None = None,
         prune: bool = False,
     ) -> Outputs:
@@ -234,6 +235,7 @@ class Janus(nn.Module):
           ar: compute P_AR.
           nar: compute P_NAR.
           aux: compute P_AUX (needs nar).
+          turn: [B, T] int32, when each place in M has its turn; None: in the order of the sentence.
           capacity: slots that AUX is computed in, enough for the places in M (`streams.lay_out`); None: T.
           prune: compute in the last layer what is read alone.  Neither changes a number that is read.
         """
@@ -246,6 +248,7 @@ class Janus(nn.Module):
             ar=ar,
             nar=nar,
             aux=aux,
+            turn=turn,
             capacity=capacity,
             prune=prune,
         )

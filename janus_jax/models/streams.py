@@ -10,6 +10,9 @@ decoder" and "AUX" are ways to feed and to mask that stack (METHOD, sections 1 a
   true content, j     y_j                     j           NAR content visible or ahead, truths k <= j
   AUX query, j        [M], predicts y_j       j           NAR content visible or from j on, truths k < j
 
+k < j and "ahead" are in the order of the sentence, or by the turns of a random order over M
+(`batch.order`).
+
 (*) `code`: both at i, as the released code has it; `figure`: both at i + 1; `aligned`: content at
 i and query at i + 1, so that each carries the place of what it is or predicts.
 
@@ -80,6 +83,7 @@ def lay_out(
     ar: bool,
     nar: bool,
     aux: bool,
+    turn: jax.Array | None = None,
     capacity: int | None = None,
     prune: bool = False,
 ) -> Slots:
@@ -93,6 +97,7 @@ def lay_out(
       ar: lay out AR content, and AR query where `ar_stream` is "query".
       nar: lay out NAR content.
       aux: lay out true content and AUX query too; needs `nar`, whose content they attend.
+      turn: [R, T] int, when each place in M has its turn; None: in the order of the sentence.
       capacity: C, static: slots of the two-stream part, which hold the places in M.  A row with more of
         them predicts NaN at those that are left out.  None: T slots, none is left out.
       prune: what nobody reads does not attend in the last layer; with a capacity, NAR outside M neither.
@@ -128,7 +133,10 @@ def lay_out(
         if aux:
             keys = ("nar", "truth")
             at = None if held is None else (held.place, held.there)
-            seen = masks.true_content_mask(masked, real, at), masks.aux_query_mask(masked, real, at)
+            seen = (
+                masks.true_content_mask(masked, real, at, turn),
+                masks.aux_query_mask(masked, real, at, turn),
+            )
             laid.append(_Stream("truth", truths, place, keys, seen[0], members=held))
             laid.append(_Stream("aux query", symbols, place, keys, seen[1], "aux", held))
     return _planned(laid, held, length, prune=prune)
