@@ -19,7 +19,7 @@ topology: .venv-tpu/.ready
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@if command -v shellcheck >/dev/null; then echo "shellcheck launch"; shellcheck -x launch/*.sh launch/tables/*.sh .ci/run; \
+	@if command -v shellcheck >/dev/null; then echo "shellcheck launch benchmarks"; shellcheck -x launch/*.sh launch/tables/*.sh benchmarks/*.sh .ci/run; \
 	else echo "shellcheck is not installed: the shell scripts were not checked" >&2; fi
 
 types: $(READY)

@@ -103,6 +103,18 @@ def corrupt(target: np.ndarray, rng: np.random.Generator, config: BatchConfig, i
     return masked
 
 
+def capacity(length: int, config: BatchConfig, ids: SpecialIds) -> int | None:
+    """The most positions that `corrupt` can mask in a target of up to `length` tokens: a static size.
+
+    None where that is all inner positions, so that there is nothing to save: uniform masks, a budget that
+    large, and texts that may hold `ids.mask` themselves, because unk serves as mask.
+    """
+    if config.sampler != "span" or ids.mask == ids.unk:
+        return None
+    budget = math.ceil(config.mask_rate * length)  # what the lengths of the spans add up to
+    return budget if budget < length - 2 else None
+
+
 def mask_span(n: int, rng: np.random.Generator, rate: float, mean: float) -> np.ndarray:
     """[n] bool: a union of spans whose lengths add up to ceil(rate n); first and last never masked.
 

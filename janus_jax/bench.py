@@ -2,8 +2,8 @@
 
   training   one update, split into waiting for data, handing work to the device, waiting for it;
              target tokens a second; compile time apart
-  decoding   AR greedy and beam, NAR at 1, 4 and 10 passes, at batch 1, 16 and 128: sentences a
-             second, and the time of one batch (median and 95th percentile)
+  decoding   AR greedy and beam, NAR at 1, 4 and 10 passes, draft and verify, at batch 1, 16 and 128:
+             sentences a second, and the time of one batch (median and 95th percentile)
 
 Everything that a user would wait for is counted (encoder, length prediction, the way to the device
 and back), compiling apart.  With random weights the outputs are limited to the length of the source
@@ -36,6 +36,7 @@ from janus_jax.generate import Generator, with_options
 from janus_jax.paths import AnyPath
 from janus_jax.prepare import bring_data
 from janus_jax.step import init_state, train_step
+from janus_jax.translator import SIDES
 
 UPDATES = 10
 BATCHES = (1, 16, 128)
@@ -46,6 +47,7 @@ SYSTEMS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("NAR T = 1", "nar", {"iterations": 1, "early_stop": False}),
     ("NAR T = 4", "nar", {"iterations": 4, "early_stop": False}),
     ("NAR T = 10", "nar", {"iterations": 10, "early_stop": False}),
+    ("draft, strict", "draft", {"draft_top_k": 1}),
 )
 
 
@@ -95,8 +97,8 @@ def training(config: Config, opened: run.Run | None) -> dict[str, float]:
     parts = microbatches(config, mesh.row_shares(devices))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=parts))
     share = mesh.row_shares(devices) * parts
-    length = _bucket(config)
-    batches = _batches(config, opened, length, share)
+    length = middle_bucket(config)
+    batches = batches_of(config, opened, length, share)
     shardings = mesh.state_shardings(devices, jax.eval_shape(functools.partial(init_state, config)))
     state = jax.jit(functools.partial(init_state, config), out_shardings=shardings)()
     first = mesh.global_batch(devices, next(batches))
@@ -133,7 +135,7 @@ def training(config: Config, opened: run.Run | None) -> dict[str, float]:
 
 def decoding(config: Config, opened: run.Run | None) -> list[dict[str, Any]]:
     """One row for each system and batch size."""
-    length = _bucket(config)
+    length = middle_bucket(config)
     sources = _sources(config, opened, length)
     if opened:
         params, _ = opened.params("best")
@@ -144,7 +146,7 @@ def decoding(config: Config, opened: run.Run | None) -> list[dict[str, Any]]:
         )
     engine = Engine(params, config)
     needed = losses.streams_needed(config.loss)
-    systems = [s for s in SYSTEMS if needed[s[1]]]
+    systems = [s for s in SYSTEMS if all(needed[side] for side in SIDES[s[1]])]
     rows = []
     with report.progress(len(systems) * len(BATCHES), "bench: decoding", unit="system") as shown:
         for (name, mode, options), size in itertools.product(systems, BATCHES):
@@ -178,12 +180,12 @@ def _decode(
     }
 
 
-def _bucket(config: Config) -> int:
+def middle_bucket(config: Config) -> int:
     """The padded length everything is measured at: the middle bucket."""
     return config.batch.buckets[len(config.batch.buckets) // 2]
 
 
-def _batches(config: Config, opened: run.Run | None, length: int, share: int) -> Iterator[Batch]:
+def batches_of(config: Config, opened: run.Run | None, length: int, share: int) -> Iterator[Batch]:
     """Training batches of one length: the run's own through its pipeline, or random ones."""
     if opened:
         pairs = open_split(config.data, opened.data_folder, config.data.train_split)

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import sys
@@ -148,7 +149,7 @@ def _evaluate(args: argparse.Namespace, _: Overrides) -> int:
     join_others(args, opened.config)
     processes.main_first(lambda: prepare.bring_data(opened.config, opened.folder))
     translator = Translator.from_run(args.workdir, args.checkpoint)
-    modes = args.decode or translator.modes
+    modes = args.decode or [mode for mode in translator.modes if mode != "draft"]
     options = {mode: _options_for(mode, modes, args) for mode in modes}
     for mode in modes:
         translator.options(mode, **options[mode])  # complains before the first mode is decoded
@@ -192,6 +193,13 @@ def _translate(args: argparse.Namespace, _: Overrides) -> int:
     translator = Translator.from_run(args.workdir, args.checkpoint)
     mode = args.decode or translator.modes[0]
     options = _options_for(mode, [mode], args)
+    if args.keep is not None and mode != "auto":
+        raise UsageError(f"--keep is an option of --decode=auto, this is --decode={mode}")
+    if mode == "auto":
+        from janus_jax import auto, run
+
+        way = auto.choose(run.open_run(args.workdir), translator, args.keep or auto.KEEP, args.batch_size)
+        mode, options = way.decode, {**way.options, **options}
     translator.options(mode, nbest=args.nbest, **options)
     with translate.output(args.output) as file:
         translate.translate(
@@ -409,13 +417,16 @@ DECODE_HELP = {
     "candidates": "nar: target lengths tried",
     "early_stop": "nar: a sentence stops when a pass changes nothing; faster, and worse",
     "rescore": "nar: choose among candidates by the AR score of the same model",
+    "draft_block": "draft: tokens that AR verifies in a pass; changes the speed alone while draft_top_k is 1",
+    "draft_top_k": "draft: accepted among AR's best so many; 1 (the default) writes what greedy AR writes",
+    "draft_margin": "draft: with draft_top_k above 1, and at most this below AR's best, in log p",
     "ban_unk": "never write the unknown symbol",
     "tokens": "slots of one decoding batch (rows x beam or candidates x length); results do not depend on it",
 }
 ONLY_FOR = {
-    name: "nar" if help_text.startswith("nar:") else "ar"
+    name: help_text.partition(":")[0]
     for name, help_text in DECODE_HELP.items()
-    if name != "length_penalty" and help_text.startswith(("ar:", "nar:"))
+    if name != "length_penalty" and help_text.startswith(("ar:", "nar:", "draft:"))
 }
 
 
@@ -545,7 +556,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--decode",
         type=_modes,
         metavar="MODE",
-        help="ar, nar or ar,nar (default: all that the run was trained for)",
+        help="any of ar, nar, draft, with commas between (default: ar and nar, as far as the run has them)",
     )
     flags_.add_argument("--limit", type=_positive, default=0, metavar="N", help="only the first N examples")
     flags_.add_argument("--show", type=_count, default=3, metavar="N", help="examples to print (default: 3)")
@@ -569,7 +580,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--output", type=as_path, metavar="FILE", help="translations (default: standard output)"
     )
     flags_.add_argument(
-        "--decode", type=_mode, metavar="MODE", help="ar or nar (default: ar if the run has it)"
+        "--decode",
+        type=functools.partial(_mode, auto=True),
+        metavar="MODE",
+        help="ar, nar, draft (NAR drafts, AR verifies: greedy AR's text in fewer passes) or auto (the "
+        "fastest on this machine that keeps --keep of the best dev BLEU; measured once for each run and "
+        "machine, and kept in WORKDIR/auto.json); default: ar if the run has it",
+    )
+    flags_.add_argument(
+        "--keep",
+        type=_share,
+        metavar="SHARE",
+        help="auto: the share of the best dev BLEU that is asked for, above 0, at most 1 (default: 0.98)",
     )
     flags_.add_argument(
         "--nbest",
@@ -719,10 +741,21 @@ def _gibibytes(text: str) -> float:
     return value
 
 
-def _mode(text: str) -> str:
-    if text not in ("ar", "nar"):
-        raise argparse.ArgumentTypeError(f"must be ar or nar, got {text!r}")
+def _mode(text: str, *, auto: bool = False) -> str:
+    modes = ("ar", "nar", "draft", "auto") if auto else ("ar", "nar", "draft")
+    if text not in modes:
+        raise argparse.ArgumentTypeError(f"must be {', '.join(modes[:-1])} or {modes[-1]}, got {text!r}")
     return text
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, got {text!r}")
+    return value
 
 
 def _modes(text: str) -> list[str]:

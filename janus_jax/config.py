@@ -128,6 +128,10 @@ class LossConfig:
     kl_ar_nar: float = 1.0
     rdrop_alpha: float = 5.0  # objective rdrop: weight of its KL, as in the R-Drop paper
     chunk: int = 128  # slots whose logits exist at a time, on each device; 0: all of them (same numbers)
+    gather: bool = (
+        True  # the decoder computes only what the loss reads; False: every stream at every place in
+    )
+    # every layer (same numbers, but for the draws of dropout)
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,9 @@ class DecodeConfig:
     candidates: int = 3  # NAR: target lengths tried
     early_stop: bool = False  # NAR: a sentence stops when a pass changes nothing: fewer passes, worse text
     rescore: bool = False  # NAR: choose among candidates by the AR score of the same model
+    draft_block: int = 8  # draft: tokens that AR verifies in a pass
+    draft_top_k: int = 1  # draft: accepted among AR's best so many; 1 writes what greedy AR writes
+    draft_margin: float = 1.0  # draft_top_k > 1: and at most this below AR's best, in log p
     ban_unk: bool = True  # never emit <unk>
     tokens: int = 8192  # slots of one decoding batch (rows x beams or candidates x length)
 
@@ -363,9 +370,16 @@ def _faults(c: Config) -> Iterator[str]:
     yield from at_least(1, "train.dev_beam", "train.dev_iterations")
     yield from at_least(-1, "train.dev_sentences")
     yield from at_least(
-        0, "seed", "data.size", "batch.prefetch", "train.microbatches", "decode.max_length_a", "loss.chunk"
+        0,
+        "decode.draft_margin",
+        "seed",
+        "data.size",
+        "batch.prefetch",
+        "train.microbatches",
+        "decode.max_length_a",
+        "loss.chunk",
     )
-    yield from at_least(1, "decode.max_length_b", "decode.tokens")
+    yield from at_least(1, "decode.max_length_b", "decode.tokens", "decode.draft_block", "decode.draft_top_k")
     yield from at_least(0, "optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm")
     yield from at_least(0, "loss.ar", "loss.nar", "loss.aux", "loss.length", "loss.rdrop_alpha")
     yield from at_least(0, "loss.kl_nar_aux", "loss.kl_ar_aux", "loss.kl_ar_nar")

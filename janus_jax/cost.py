@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from janus_jax import losses
-from janus_jax.batch import corrupt, example_rng
+from janus_jax.batch import capacity, corrupt, example_rng
 from janus_jax.config import BatchConfig, Config, ModelConfig, SpecialIds
 
 SAMPLES = 512  # targets whose masks are drawn to find the mean share of M
@@ -67,19 +67,38 @@ def encoder(c: ModelConfig, rows: float, length: float) -> float:
 
 def decoder(c: ModelConfig, config: Config, rows: float, source: float, target: float) -> float:
     """All decoder layers, forward, over every stream that the objective needs (`models.streams`)."""
-    d, f = c.dim, c.ffn
     need = losses.streams_needed(config.loss)
+    fewer = capacity(int(target), config.batch, c.ids) if config.loss.gather else None
+    m = target if fewer is None else fewer  # slots that hold the places in M
     slots = content = scores = 0.0  # scores: query x key pairs of self-attention
+    going = pairs = 0.0  # slots and scores of the last layer
     if need["ar"]:
         queries = 2 if c.ar_stream == "query" else 1
         slots, content, scores = slots + queries * target, content + target, scores + queries * target**2
+        going, pairs = going + target, pairs + target**2
     if need["nar"]:
         slots, content, scores = slots + target, content + target, scores + target**2
+        going, pairs = going + m, pairs + m * target
     if need["aux"]:
-        slots, content, scores = slots + 2 * target, content + target, scores + (2 * target) ** 2
+        slots, content, scores = slots + 2 * m, content + m, scores + 2 * m * (target + m)
+        going, pairs = going + m, pairs + m * (target + m)
+    if not config.loss.gather:
+        going, pairs = slots, scores
+    others = (c.decoder_layers - 1) * _decoder_layer(c, source, content, slots, scores)
+    return rows * (keys_values(c, source) + others + _decoder_layer(c, source, content, going, pairs))
+
+
+def _decoder_layer(c: ModelConfig, source: float, content: float, slots: float, scores: float) -> float:
+    """One row through one layer: `content` slots become keys and values, `slots` attend and go on."""
+    d = c.dim
     self_attention = 2 * (2 * slots + 2 * content) * d * d + 2 * 2 * scores * d
-    cross = 2 * (2 * slots + 2 * source) * d * d + 2 * 2 * slots * source * d
-    return c.decoder_layers * rows * (self_attention + cross + 2 * slots * 2 * d * f)
+    cross = 2 * 2 * slots * d * d + 2 * 2 * slots * source * d
+    return self_attention + cross + 2 * slots * 2 * d * c.ffn
+
+
+def keys_values(c: ModelConfig, source: float) -> float:
+    """One encoded source, projected for the cross-attention of every decoder layer."""
+    return c.decoder_layers * 2 * 2 * source * c.dim * c.dim
 
 
 def projections(config: Config, rows: float, length: int) -> float:
@@ -144,32 +163,31 @@ def ar_decode(config: Config, rows: int, source: int, steps: float) -> Flops:
     """Cached AR decoding of `rows` sentences for `steps` tokens each, at `decode.beam` beams.
 
     Each step feeds a content slot, and a query slot where `model.ar_stream` is "query", and attends the whole
-    cache, whose length is static.
+    cache of all beams of the sentence, whose length is static.
     """
-    c = config.model
-    d, f, beams = c.dim, c.ffn, config.decode.beam
+    c, beams = config.model, config.decode.beam
     slots = 2 if c.ar_stream == "query" else 1
-    cache = decode_slots(config, source)
-    self_attention = 2 * (2 * slots + 2) * d * d + 2 * 2 * slots * cache * d
-    cross = 2 * (2 * slots) * d * d + 2 * 2 * slots * source * d
-    layer = self_attention + cross + 2 * slots * 2 * d * f
-    step = rows * beams * (c.decoder_layers * layer + 2 * d * c.vocab_size)
-    total = _memory(c, rows, source) + steps * step
+    cache = decode_slots(config, source) * beams
+    layers = (c.decoder_layers - 1) * _decoder_layer(c, source, 1, slots, slots * cache)
+    layers += _decoder_layer(c, source, 1, 1, cache)  # of the last one, only the slot read comes out
+    total = _memory(c, rows, source) + steps * rows * beams * (layers + 2 * c.dim * c.vocab_size)
     return Flops(total, total)
 
 
 def nar_decode(config: Config, rows: int, source: int, slots: int) -> Flops:
-    """Mask-predict: `decode.iterations` passes over `rows` x `decode.candidates` canvases of `slots`."""
-    c = config.model
-    d, f, canvases = c.dim, c.ffn, config.decode.candidates
-    self_attention = 2 * 4 * slots * d * d + 2 * 2 * slots * slots * d
-    cross = 2 * 2 * slots * d * d + 2 * 2 * slots * source * d
-    layer = self_attention + cross + 2 * slots * 2 * d * f
-    one = rows * canvases * (c.decoder_layers * layer + slots * 2 * d * c.vocab_size)
-    passes = config.decode.iterations
-    if config.decode.rescore:
-        passes += 2  # both AR streams through the layers, counted as two passes
-    total = _memory(c, rows, source) + passes * one
+    """Mask-predict: `decode.iterations` passes over `rows` x `decode.candidates` canvases of `slots`.
+
+    Logits are those of the slots that are masked: all in the first pass, a share of 1 / T less in each other.
+    """
+    c, canvases = config.model, config.decode.candidates
+    layer, logits = _decoder_layer(c, source, slots, slots, slots**2), slots * 2 * c.dim * c.vocab_size
+    T = config.decode.iterations
+    passes = T * c.decoder_layers * layer + (T + 1) / 2 * logits
+    if config.decode.rescore:  # both AR streams, or the one that there is; the last layer has one
+        streams = (2 if c.ar_stream == "query" else 1) * slots
+        others = (c.decoder_layers - 1) * _decoder_layer(c, source, slots, streams, streams * slots)
+        passes += others + layer + logits
+    total = _memory(c, rows, source) + rows * canvases * passes
     return Flops(total, total)
 
 
@@ -183,5 +201,4 @@ def decode_slots(config: Config, source: int) -> int:
 
 def _memory(c: ModelConfig, rows: int, source: int) -> float:
     """Encoder, its keys and values for every decoder layer, and length classes."""
-    keys_values = c.decoder_layers * 2 * source * 2 * c.dim * c.dim
-    return encoder(c, rows, source) + rows * (keys_values + 2 * c.dim * (c.max_length + 1))
+    return encoder(c, rows, source) + rows * (keys_values(c, source) + 2 * c.dim * (c.max_length + 1))

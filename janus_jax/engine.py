@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from janus_jax import mesh, sharding
 from janus_jax.config import Config
-from janus_jax.generate import Generator, memory_axes
+from janus_jax.generate import SPARE, Generator, memory_axes
 
 ROWS, WHOLE = PartitionSpec(sharding.ROWS), PartitionSpec()
 
@@ -36,7 +36,7 @@ class Report:
     compile_seconds: float = 0.0
     batches: int = 0
     shapes: set[tuple[int, ...]] = field(default_factory=set)
-    passes: int = 0  # NAR: decoder passes, summed over sentences
+    passes: int = 0  # NAR and draft: decoder passes, summed over sentences
     cut: list[tuple[int, int, int]] = field(default_factory=list)  # line (from 0), its tokens, tokens kept
 
     def speed(self) -> dict[str, float]:
@@ -75,15 +75,22 @@ class Engine:
         """Decodes a batch; compile time is added to `report`.
 
         Args:
-          decode: "ar" or "nar".
+          decode: "ar", "nar" or "draft".
           generator: the model and its options.
           source: [B, S] int32, B a multiple of `devices`.
           report: gets compile time and shapes.
 
         Returns:
-          Tokens [B, G, T] int32 and scores [B, G] float32, best first, and the NAR passes of the best
-          [B] (0 for AR).
+          Tokens [B, G, T] int32 and scores [B, G] float32, best first, and the passes of the best [B]
+          (0 for AR).
         """
+        if decode == "draft":
+            placed = (self._place(source), ROWS)
+            (memory, lengths), slots = self._remember(generator, source, report, ROWS, spare=SPARE)
+            verify = functools.partial(generator.draft_and_verify, slots=slots)
+            encoded = ((memory, memory_axes(ROWS)), (lengths, ROWS))
+            drafted = self._call(verify, (slots,), report, placed, *encoded, out=ROWS)
+            return jax.device_get((drafted.tokens, drafted.scores, drafted.passes))  # type: ignore[no-any-return]
         if decode == "ar":
             result = self._call(generator.autoregressive, (), report, (self._place(source), ROWS), out=ROWS)
             tokens, scores = jax.device_get((result.tokens, result.scores))
@@ -107,15 +114,15 @@ class Engine:
         return jax.device_get((choice, result.history))
 
     def _remember(
-        self, generator: Generator, source: np.ndarray, report: Report, rows: PartitionSpec
+        self, generator: Generator, source: np.ndarray, report: Report, rows: PartitionSpec, spare: int = 0
     ) -> tuple[tuple[Any, jax.Array], int]:
-        """Encoded sources with candidate lengths, and a canvas no larger than the longest of them needs.
+        """Encoded sources with candidate lengths, and a canvas no larger than the longest and `spare` need.
 
         Reading the lengths back costs one wait; the canvas is a bucket, so that shapes stay few.
         """
         placed = self._place(source) if rows == ROWS else jax.device_put(source, mesh.replicated(self._mesh))
         found = self._call(generator.remember, (), report, (placed, rows), out=(memory_axes(rows), rows))
-        longest = int(jax.device_get(found[1]).max())
+        longest = int(jax.device_get(found[1]).max()) + spare
         most = generator.slots(source.shape[1]) + 1
         return found, min([b for b in self._config.batch.buckets if longest <= b < most], default=most)
 

@@ -31,7 +31,7 @@ FOLDER = "eval"
 SHOWN_CUTS = 5  # over-long lines named on the terminal; the JSON has all
 
 # Always part of the name, by mode: what a table of results is about.
-_HEADLINE = {"ar": {"beam": "b"}, "nar": {"iterations": "T", "candidates": "c"}}
+_HEADLINE = {"ar": {"beam": "b"}, "nar": {"iterations": "T", "candidates": "c"}, "draft": {}}
 # Part of the name where they differ from the defaults of the package.
 _RARE = {
     "length_penalty": "lp",
@@ -39,9 +39,15 @@ _RARE = {
     "max_length_b": "lb",
     "early_stop": "early",
     "rescore": "rescore",
+    "draft_top_k": "k",
+    "draft_margin": "m",
     "ban_unk": "ban_unk",
 }
-_AR_ONLY, _NAR_ONLY = {"beam"}, {"iterations", "candidates", "early_stop", "rescore"}
+_ONLY = {
+    "ar": {"beam"},
+    "nar": {"iterations", "candidates", "early_stop", "rescore"},
+    "draft": {"draft_block", "draft_top_k", "draft_margin"},
+}
 
 
 class EvaluationError(ValueError):
@@ -61,9 +67,11 @@ class Evaluation:
 
 def relevant(decode: str, options: DecodeConfig) -> dict[str, Any]:
     """The options that can change what mode `decode` writes."""
-    unused = {"tokens"} | (_NAR_ONLY if decode == "ar" else _AR_ONLY)
+    unused = {"tokens", "draft_block"}.union(*(names for mode, names in _ONLY.items() if mode != decode))
     if decode == "nar" and not options.rescore:
         unused |= {"length_penalty"}
+    if decode == "draft" and options.draft_top_k == 1:
+        unused |= {"draft_margin"}
     return {name: value for name, value in dataclasses.asdict(options).items() if name not in unused}
 
 
@@ -102,7 +110,7 @@ def evaluate(
       opened: the run, whose data hold the split.
       translator: its model.
       split: default `data.test_split`.
-      decode: "ar" or "nar".
+      decode: "ar", "nar" or "draft".
       checkpoint: what `translator` was loaded as; part of the name unless "best".
       limit: only so many examples, from the first; 0 means all.
       batch_size: most sentences decoded together.
@@ -142,7 +150,7 @@ def evaluate(
         "checkpoint": translator.name,
         "scores": score.score(hypotheses, references).to_dict(),
         "speed": {**took.speed(), "batches": took.batches, "shapes": len(took.shapes)},
-        "passes_per_sentence": took.passes / count if decode == "nar" else None,
+        "passes_per_sentence": None if decode == "ar" else took.passes / count,
         "cut": [{"line": line + 1, "tokens": tokens, "kept": kept} for line, tokens, kept in took.cut],
         "options": relevant(decode, effective),
         "batch_size": batch_size,

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from janus_jax.config import DecodeConfig, ModelConfig
-from janus_jax.decode import beam, mask_predict
-from janus_jax.models import Janus, Memory, Params, empty_cache
+from janus_jax.decode import beam, draft_verify, mask_predict
+from janus_jax.models import ArCache, Janus, Memory, Params, empty_cache
+
+SPARE = draft_verify.SPARE  # slots of a draft's canvas beyond the predicted length
 
 
 @dataclass(frozen=True)
@@ -54,31 +56,51 @@ class Generator:
 
     def autoregressive(self, params: Params, source: jax.Array) -> beam.BeamResult:
         """Left to right, greedily (`beam` = 1) or by beam search: [B, S] -> hypotheses, best first."""
-        ids, width = self.model.ids, self.decode.beam
+        width, slots = self.decode.beam, self.slots(source.shape[1])
         memory, _ = self.remember(params, source)
-        slots = self.slots(source.shape[1])
-        options = beam.BeamOptions(
-            ids=ids,
-            beam=width,
-            max_length=slots,
-            banned=self._banned(eos=False),
-            length_penalty=self.decode.length_penalty,
-        )
+        options = self._search(width, slots)
 
-        def step(tokens: jax.Array, index: jax.Array, cache: object) -> tuple[jax.Array, object]:
+        def step(tokens: jax.Array, index: jax.Array, cache: ArCache) -> tuple[jax.Array, ArCache]:
             return self._apply(params, "ar_step", tokens, index, cache, memory)
 
         cache = empty_cache(self.model, source.shape[0], width, slots)
         limits = self.limits(source)
         if width == 1:
             return beam.greedy_search(step, cache, limits, options)
-        return beam.beam_search(
-            step,
-            cache,
-            limits,
-            options,
-            reorder=lambda c, parents: beam.reorder_beams(c, parents, batch_axis=1),
+        return beam.beam_search(step, cache, limits, options, reorder=ArCache.reorder)
+
+    def draft_and_verify(
+        self, params: Params, source: jax.Array, memory: Memory, lengths: jax.Array, slots: int
+    ) -> draft_verify.DraftResult:
+        """NAR drafts, AR verifies: greedy AR's text (`draft_top_k` = 1) in fewer passes.
+
+        Args:
+          params: parameters.
+          source: [B, S], for the limits.
+          memory: encoded sources.
+          lengths: [B, G] candidate lengths; the middle one, the likeliest, is drafted.
+          slots: T, static; `lengths` and `draft_verify.SPARE`, or the most that a target can take.
+        """
+        most, block = self.slots(source.shape[1]), self.decode.draft_block
+        options = draft_verify.DraftOptions(
+            search=self._search(1, most),
+            banned=self._banned(eos=True),
+            canvas=slots,
+            block=block,
+            top_k=self.decode.draft_top_k,
+            margin=self.decode.draft_margin,
         )
+
+        def look(tokens: jax.Array, start: jax.Array, canvas: jax.Array, cache: ArCache) -> Any:
+            return self._apply(params, "draft_pass", tokens, start, canvas, cache, memory)
+
+        def project(states: jax.Array) -> jax.Array:
+            return self._apply(params, "logits", states)
+
+        cache = empty_cache(self.model, source.shape[0], 1, most + block)
+        likeliest = lengths[:, lengths.shape[1] // 2]
+        limits = self.limits(source)
+        return draft_verify.draft_and_verify(look, project, cache, likeliest, limits, options)
 
     def non_autoregressive(
         self, params: Params, memory: Memory, lengths: jax.Array, slots: int, *, history: bool = False
@@ -102,10 +124,13 @@ class Generator:
             history=history,
         )
 
-        def fill(canvas: jax.Array) -> jax.Array:
+        def look(canvas: jax.Array) -> jax.Array:
             return self._apply(params, "nar_pass", canvas, memory)
 
-        result = mask_predict.mask_predict(fill, lengths, options)
+        def project(states: jax.Array) -> jax.Array:
+            return self._apply(params, "logits", states)
+
+        result = mask_predict.mask_predict(look, project, lengths, options)
         if self.decode.rescore:
             result = result._replace(scores=self.rescore(params, memory, result.tokens))
         return mask_predict.choose(result), result
@@ -121,6 +146,16 @@ class Generator:
         real = (tokens != self.model.ids.pad).at[:, :, 0].set(False)  # BOS is given, not predicted
         picked = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
         return jnp.sum(picked * real, axis=-1) / jnp.sum(real, axis=-1) ** self.decode.length_penalty
+
+    def _search(self, width: int, slots: int) -> beam.BeamOptions:
+        """What AR may say, in `slots` tokens at most."""
+        return beam.BeamOptions(
+            ids=self.model.ids,
+            beam=width,
+            max_length=slots,
+            banned=self._banned(eos=False),
+            length_penalty=self.decode.length_penalty,
+        )
 
     def _apply(self, params: Params, method: str, *args: object) -> Any:
         """A method of the model with these parameters."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from janus_jax import chunked, losses, optim
+from janus_jax.batch import capacity
 from janus_jax.config import Config
 from janus_jax.models import Janus, Outputs, Params, init_params, output_projection, project
 
@@ -59,7 +60,8 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
 
     Args:
       state: current state.
-      batch: arrays of `batch.spec`.
+      batch: arrays of `batch.spec`; with `loss.gather`, no row has more places in M than its sampler can
+        draw (`batch.capacity`), else the loss is NaN, and the update is not applied.
       config: static.
 
     Returns:
@@ -173,14 +175,17 @@ def _forward(
     params: Params, batch: Batch, config: Config, key: jax.Array | None, method: str = "__call__"
 ) -> Outputs:
     """What the objective reads, logits or states; dropout is on exactly when a key is given."""
-    streams: dict[str, Any] = losses.streams_needed(config.loss)
+    asked: dict[str, Any] = losses.streams_needed(config.loss)
+    if config.loss.gather:
+        length = batch["target"].shape[1]
+        asked |= {"prune": True, "capacity": capacity(length, config.batch, config.model.ids)}
     source, target, masked = batch["source"], batch["target"], batch["masked"]
     if config.loss.objective == "rdrop" and key is not None:
         # Two passes with their own dropout are one pass over the batch twice.
         source, target, masked = (jnp.tile(x, (2, 1)) for x in (source, target, masked))
     rngs = None if key is None else {"dropout": key}
     model: Any = Janus(config.model)
-    return model.apply({"params": params}, source, target, masked, rngs=rngs, method=method, **streams)
+    return model.apply({"params": params}, source, target, masked, rngs=rngs, method=method, **asked)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -348,7 +348,9 @@ class _Dev:
             "nar": {"iterations": config.train.dev_iterations},
         }
         bleu = {}
-        for mode in self.translator.modes:
+        for mode in options:
+            if mode not in self.translator.modes:
+                continue
             found_here, _ = decode_together(self.translator, self.sources, mode, **options[mode])
             lines = [best.text for best, *_ in found_here]
             bleu[f"bleu_{mode}"] = score.score(lines, self.references).bleu

@@ -115,7 +115,7 @@ def translate(
       translator: the model.
       lines: text.
       file: where to.
-      decode: "ar" or "nar".
+      decode: "ar", "nar" or "draft".
       nbest: 1 writes one line per line; more writes up to so many, as `format_nbest` has it.
       batch_size: most sentences decoded together.
       window: lines read ahead to be sorted by length.  Results do not depend on it.

@@ -30,7 +30,9 @@ from janus_jax.generate import Generator, with_options
 from janus_jax.models import init_params
 from janus_jax.text import Vocabulary, clean_line
 
-MODES = ("ar", "nar")
+MODES = ("ar", "nar", "draft")
+SIDES = {"ar": ("ar",), "nar": ("nar",), "draft": ("ar", "nar")}  # what each reads of a model
+WIDTH = {"ar": "beam", "nar": "candidates", "draft": ""}  # the option that says how many it writes
 PARTIAL = 8  # a batch that is not full is padded to 1/8, 1/64, .. of the rows, so that shapes stay few
 
 
@@ -89,9 +91,9 @@ class Translator:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """What this model was trained for: ("ar",), ("nar",) or both."""
+        """What this model was trained for: "ar", "nar", or both and with them "draft"."""
         needed = losses.streams_needed(self.config.loss)
-        return tuple(mode for mode in MODES if needed[mode])
+        return tuple(mode for mode in MODES if all(needed[side] for side in SIDES[mode]))
 
     def options(self, decode: str, *, nbest: int = 1, **options: Any) -> DecodeConfig:
         """What decoding would go by: the run's `decode` section with `options` in place of its own.
@@ -114,11 +116,10 @@ class Translator:
             raise DecodeError("; ".join(line.strip() for line in str(error).splitlines()[1:])) from error
         except ValueError as error:
             raise DecodeError(str(error)) from error
-        name = "beam" if decode == "ar" else "candidates"
-        if not 1 <= nbest <= getattr(effective, name):
-            raise DecodeError(
-                f"nbest = {nbest} needs {name} of at least that; it is {getattr(effective, name)}"
-            )
+        if not 1 <= nbest <= _width(decode, effective):
+            name = WIDTH[decode]
+            needs = f"{name} of at least that; it is {getattr(effective, name)}" if name else "another mode"
+            raise DecodeError(f"nbest = {nbest} needs {needs}")
         return effective
 
     def __call__(self, lines: Sequence[str], decode: str = "ar", **options: Any) -> list[str]:
@@ -139,7 +140,7 @@ class Translator:
 
         Args:
           lines: text; blanks at the ends and in a row do not matter.
-          decode: "ar" (beam search) or "nar" (mask-predict).
+          decode: "ar" (beam search), "nar" (mask-predict) or "draft" (NAR drafts, AR verifies).
           nbest: hypotheses a line, at most the beam or the length candidates.
           batch_size: most sentences decoded together; default what `decode.tokens` slots hold.
           on_batch: called with the number of lines done after each batch.
@@ -151,7 +152,7 @@ class Translator:
         generator = Generator(self.config.model, self.options(decode, nbest=nbest, **options))
         if batch_size is not None and batch_size < 1:
             raise DecodeError(f"batch_size must be at least 1, got {batch_size}")
-        width = generator.decode.beam if decode == "ar" else generator.decode.candidates
+        width = _width(decode, generator.decode)
         report, start = Report(sentences=len(lines)), time.perf_counter()
         found: list[list[Hypothesis]] = [[Hypothesis("", 0.0, 0)] for _ in lines]
         sources = self._encode(lines, report)
@@ -280,6 +281,11 @@ def decode_together(
         total.cut += [(line, tokens, kept) for line, tokens, kept in report["cut"]]
     total.cut.sort()
     return whole, total
+
+
+def _width(decode: str, options: DecodeConfig) -> int:
+    """Hypotheses that a mode writes for each sentence."""
+    return int(getattr(options, WIDTH[decode])) if WIDTH[decode] else 1
 
 
 def _check_params(params: Any, model: ModelConfig, opened: run.Run) -> None:

@@ -80,6 +80,32 @@ def test_a_full_budget_masks_a_good_part_and_never_the_ends():
     assert 0.5 < masked[:, 1:-1].mean() < 0.9
 
 
+@pytest.mark.parametrize(("rate", "mean"), [(0.7, 2.0), (0.3, 3.0), (0.1, 0.2), (0.9, 8.0)])
+def test_no_target_of_a_bucket_has_more_masked_than_its_capacity(rate, mean):
+    """And some target has as many, or nearly: the bound is not a loose one."""
+    config, ids = BatchConfig(mask_rate=rate, span_mean=mean), SpecialIds()
+    for length in (16, 24, 48):
+        capacity = B.capacity(length, config, ids)
+        most = 0
+        for n in range(length + 1):
+            target = np.full(n, ids.mask + 1, np.int32)
+            for seed in range(60):
+                masked = B.corrupt(target, np.random.default_rng((n, seed)), config, ids)
+                most = max(most, int(masked.sum()))
+        assert most <= (length - 2 if capacity is None else capacity)
+        if capacity is not None and mean < 3:
+            assert most > 0.6 * capacity
+
+
+def test_where_all_inner_places_may_be_masked_there_is_no_capacity():
+    ids = SpecialIds()
+    assert B.capacity(24, BatchConfig(), ids) == 17
+    assert B.capacity(24, BatchConfig(sampler="uniform"), ids) is None
+    assert B.capacity(24, BatchConfig(mask_rate=0.95), ids) is None
+    assert B.capacity(8, BatchConfig(), ids) is None
+    assert B.capacity(24, BatchConfig(), SpecialIds(mask=3)) is None  # a text may hold any number of unk
+
+
 def test_a_real_mask_symbol_counts_as_masked_but_not_at_the_ends():
     ids = SpecialIds(pad=1, bos=0, eos=2, unk=3, mask=3)
     target = np.array([3, 9, 3, 9, 9, 9, 9, 9, 3], np.int32)

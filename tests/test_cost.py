@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -11,7 +12,7 @@ from janus_jax.generate import Generator
 from janus_jax.models import init_params
 
 
-def configuration(objective="janus", chunk=0, **model):
+def configuration(objective="janus", chunk=0, gather=True, **model):
     sizes = {
         "vocab_size": 120, "dim": 16, "ffn": 24, "heads": 2, "encoder_layers": 2, "decoder_layers": 3,
         "max_positions": 32, "max_length": 31, "dropout": 0.0,
@@ -20,7 +21,7 @@ def configuration(objective="janus", chunk=0, **model):
         {
             "batch": {"buckets": (12,), "tokens": 48},
             "model": {**sizes, **model},
-            "loss": {"objective": objective, "chunk": chunk},
+            "loss": {"objective": objective, "chunk": chunk, "gather": gather},
             "decode": {"beam": 2, "candidates": 3, "iterations": 4},
         }
     )
@@ -50,9 +51,10 @@ def update(c, rows, length):
     return functools.partial(step.train_step, config=c), state, abstract
 
 
+@pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("objective", ["janus", "ar", "cmlm", "rdrop"])
-def test_the_plain_update_has_exactly_these_products(objective):
-    c = configuration(objective)
+def test_the_plain_update_has_exactly_these_products(objective, gather):
+    c = configuration(objective, gather=gather)
     function, *arguments = update(c, 4, 12)
     counted = products(jax.make_jaxpr(function)(*arguments).jaxpr)
     assert cost.train_step(c, 4, 12) == cost.Flops(counted, counted)
@@ -134,13 +136,23 @@ def test_decoding_against_the_products_of_its_steps():
     whole = products(jax.make_jaxpr(generator.autoregressive)(params, source).jaxpr)  # loop body once
     assert cost.ar_decode(c, 4, 12, 7).model == encode + 7 * (whole - encode)
 
-    def nar(params, source):
-        memory, lengths = generator.remember(params, source)
-        return generator.non_autoregressive(params, memory, lengths, 12)
+    def nar(generator):
+        def decode(params, source):
+            memory, lengths = generator.remember(params, source)
+            return generator.non_autoregressive(params, memory, lengths, 12)
 
-    whole = products(jax.make_jaxpr(nar)(params, source).jaxpr)
-    per_loop = (whole - encode) / (cost.nar_decode(c, 4, 12, 12).model - encode)
-    assert per_loop == 1 / 4  # four passes, and the body of the loop counted once
+        return products(jax.make_jaxpr(decode)(params, source).jaxpr)
+
+    whole = nar(generator)
+    one = dataclasses.replace(c, decode=dataclasses.replace(c.decode, iterations=1))
+    one_pass, four = (cost.nar_decode(x, 4, 12, 12).model - encode for x in (one, c))
+    logits = (4 * one_pass - four) / 1.5  # the second to fourth pass read 3/4, 2/4 and 1/4 of the slots
+    assert (
+        whole - encode == one_pass - logits + logits / 4
+    )  # bodies of loops count once, a quarter is read at once
+    more = dataclasses.replace(c, decode=dataclasses.replace(c.decode, rescore=True))
+    once = nar(Generator(more.model, more.decode)) - whole
+    assert cost.nar_decode(more, 4, 12, 12).model - cost.nar_decode(c, 4, 12, 12).model == once
 
 
 def test_slots_of_decoding_are_the_generator_s():

@@ -77,6 +77,13 @@ def non_autoregressive(generator, params, source):
     return generator.non_autoregressive(params, memory, lengths, slots)[0]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def draft_and_verify(generator, params, source):
+    memory, lengths = generator.remember(params, source)
+    slots = generator.slots(source.shape[1]) + 1
+    return generator.draft_and_verify(params, source, memory, lengths, slots)
+
+
 def generator(**options):
     return Generator(MODEL, with_options(DECODE, **options))
 
@@ -84,6 +91,8 @@ def generator(**options):
 WAYS = {
     "greedy": (autoregressive, generator()),
     "beam 4": (autoregressive, generator(beam=4)),
+    "draft": (draft_and_verify, generator()),
+    "draft, tolerant": (draft_and_verify, generator(draft_top_k=3, draft_margin=2.0)),
     "nar": (non_autoregressive, generator()),
     "nar, rescored": (non_autoregressive, generator(rescore=True)),
 }
@@ -160,6 +169,13 @@ def test_banned_symbols_by_kind_of_model():
     assert Generator(MODEL, DECODE)._banned(eos=True) == (0, 1, 2, 3, 4)
     assert Generator(bart, DECODE)._banned(eos=False) == (0, 1, 3, 4)  # its start symbol ends a sentence
     assert generator(ban_unk=False)._banned(eos=False) == (0, 1, 4)
+
+
+@pytest.mark.parametrize("block", [1, 3, 8])
+def test_strict_drafts_say_what_greedy_search_says(params, source, block):
+    found = draft_and_verify(generator(draft_block=block), params, source)
+    assert_same(found, autoregressive(generator(), params, source))
+    assert (found.passes <= found.lengths[:, 0]).all()
 
 
 # Lengths ---------------------------------------------------------------------------------------------

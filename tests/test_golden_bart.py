@@ -13,8 +13,8 @@ import pytest
 from janus_jax import losses
 from janus_jax.config import LossConfig
 from janus_jax.convert import load_bart
-from janus_jax.decode.beam import BeamOptions, beam_search, greedy_search, reorder_beams
-from janus_jax.models import Janus, empty_cache
+from janus_jax.decode.beam import BeamOptions, beam_search, greedy_search
+from janus_jax.models import ArCache, Janus, empty_cache
 
 MAX_LENGTH = 23  # symbols after the start symbol
 TOLERANCE = 1e-4
@@ -94,8 +94,7 @@ def decode(params, source, config, options, greedy=False):
     limits = jnp.full(source.shape[0], options.max_length)
     if greedy:
         return greedy_search(step, cache, limits, options)
-    reorder = functools.partial(reorder_beams, batch_axis=1)
-    return beam_search(step, cache, limits, options, reorder=reorder)
+    return beam_search(step, cache, limits, options, reorder=ArCache.reorder)
 
 
 def options(config, **changed):

@@ -15,9 +15,9 @@ import pytest
 from janus_jax import losses, masks, step
 from janus_jax.config import Config, LossConfig
 from janus_jax.convert import load_fairseq
-from janus_jax.decode.beam import BeamOptions, beam_search, greedy_search, reorder_beams
+from janus_jax.decode.beam import BeamOptions, beam_search, greedy_search
 from janus_jax.decode.mask_predict import MaskPredictOptions, candidate_lengths, mask_predict
-from janus_jax.models import Janus, empty_cache, streams
+from janus_jax.models import ArCache, Janus, empty_cache, streams
 
 PAD, UNK = 1, 3
 LOGITS = 1e-4  # absolute
@@ -295,10 +295,13 @@ def refine(params, source, config, candidates, options):
     memory = model.apply(variables, source, method="remember")
     lengths = candidate_lengths(memory.length_logits, candidates, min_length=2, max_length=config.max_length)
 
-    def fill(canvas):
+    def look(canvas):
         return model.apply(variables, canvas, memory, method="nar_pass")
 
-    return lengths, mask_predict(fill, lengths, options)
+    def project(states):
+        return model.apply(variables, states, method="logits")
+
+    return lengths, mask_predict(look, project, lengths, options)
 
 
 def run_nar(ref, loaded, batch, name, params):
@@ -375,7 +378,7 @@ def decode(params, source, config, options, search):
     return search(step, cache, limits, options)
 
 
-BEAM = functools.partial(beam_search, reorder=functools.partial(reorder_beams, batch_axis=1))
+BEAM = functools.partial(beam_search, reorder=ArCache.reorder)
 
 
 @pytest.mark.parametrize(

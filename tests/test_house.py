@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "janus_jax"
 SHELLS = {
+    "auto",
     "train",
     "evaluate",
     "translate",

@@ -74,6 +74,23 @@ def test_every_slot_of_m_sees_each_place_exactly_once(batch):
         np.testing.assert_array_equal(times, np.broadcast_to(real[:, None], times.shape))
 
 
+@pytest.mark.parametrize("make", [masks.true_content_mask, masks.aux_query_mask])
+def test_with_held_places_the_rows_and_columns_of_m_are_the_same(batch, make):
+    masked, real = batch
+    whole = np.asarray(make(*map(jax.numpy.asarray, batch)))
+    capacity = masked.sum(1).max() + 1
+    place = np.argsort(~masked, axis=1, kind="stable")[:, :capacity]
+    there = np.take_along_axis(masked, place, axis=1)
+    found = np.asarray(make(*jax.tree.map(jax.numpy.asarray, (masked, real, (place, there)))))
+    assert found.shape == (B, capacity, T + capacity)
+    for b in range(B):
+        n = masked[b].sum()
+        expected = whole[b][place[b, :n]]
+        np.testing.assert_array_equal(found[b, :n, :T], expected[:, :T])
+        np.testing.assert_array_equal(found[b, :n, T : T + n], expected[:, T + place[b, :n]])
+        assert not found[b, :n, T + n :].any()
+
+
 # The drawings ----------------------------------------------------------------------------------------
 
 

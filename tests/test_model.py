@@ -214,6 +214,7 @@ def all_ways(params, source, target, masked, config):
     _, stepped = jax.lax.scan(step, cache, (jnp.arange(length), fed))
     whole = model.apply(variables, target[:, None], memory, method="ar_pass")[:, 0]
     filled = model.apply(variables, canvas[:, None], memory, method="nar_pass")[:, 0]
+    filled = model.apply(variables, filled, method="logits")
     return outputs, whole, jnp.moveaxis(stepped, 0, 1), filled, memory.length_logits
 
 
@@ -344,6 +345,76 @@ def test_each_distribution_alone_is_the_same(params, batch, whole):
     assert no_ar.ar is None
     close(no_ar.nar, whole.nar)
     close(no_ar.aux[batch[2]], whole.aux[batch[2]])
+
+
+# Only what is read -----------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("config", "asked"))
+def read_and_gradient(params, source, target, masked, config, asked):
+    """What a loss reads, {name: [B, T, V], zeros elsewhere}, and the gradient of some function of it."""
+    options, rng = dict(asked), np.random.default_rng(2)
+    n = target.shape[1]
+    wanted = {
+        "ar": (target != IDS.pad) & (jnp.arange(n) > 0),
+        **dict.fromkeys(("nar", "aux"), masked),
+    }
+    direction = jnp.asarray(rng.normal(size=(len(target), n, config.vocab_size)), jnp.float32)
+
+    def function(params):
+        outputs = Janus(config).apply({"params": params}, source, target, masked, **options)
+        found = {
+            k: jnp.where(m[..., None], x, 0)
+            for k, m in wanted.items()
+            if (x := getattr(outputs, k)) is not None
+        }
+        return sum(jnp.sum(jnp.sin(x) * direction) for x in found.values()), found
+
+    return jax.value_and_grad(function, has_aux=True)(params)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "asked"),
+    [
+        ("base", {}, {"capacity": 0}),
+        ("pre", {"scan_layers": True, "decoder_layers": 3, "remat": True}, {"capacity": 1}),
+        ("apart", {"decoder_layers": 1}, {"capacity": 0, "ar": False}),
+        ("base", {"remat": True}, {"nar": False, "aux": False}),
+    ],
+    ids=str,
+)
+def test_what_is_read_is_the_same_where_nothing_else_is_computed(batch, name, changes, asked):
+    """`capacity`: as many slots as the row with most places in M needs, and so many more."""
+    config = dataclasses.replace(BASE, **VARIANTS[name], **changes)
+    params = random_params(config)
+    source, target, masked = (x.copy() for x in batch)
+    target[1, -2:], masked[1, -3:] = (IDS.eos, IDS.pad), False
+    streams = {k: v for k, v in asked.items() if k != "capacity"}
+    if "capacity" in asked:
+        asked = asked | {"capacity": asked["capacity"] + int(masked.sum(1).max())}
+    plain, ours = (
+        read_and_gradient(params, source, target, masked, config, tuple(options.items()))
+        for options in (streams, asked | {"prune": True})
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=3e-4), ours, plain)
+
+
+def test_more_in_m_than_there_are_slots_is_not_passed_over(params, batch):
+    """The row in question is NaN where it is read, so no loss can do without it; the others are well."""
+    *_, masked = batch
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def outputs(capacity):
+        return Janus(BASE).apply({"params": params}, *batch, capacity=capacity, prune=True)
+
+    counts = masked.sum(1)
+    assert counts[0] > counts[1]
+    found, whole = outputs(int(counts[1])), outputs(int(counts[0]))
+    for name in ("nar", "aux"):
+        x = np.asarray(getattr(found, name))
+        assert np.isnan(x[0, masked[0]]).any()
+        assert np.isfinite(x[0, ~masked[0]]).all()
+        np.testing.assert_allclose(x[1:], getattr(whole, name)[1:], rtol=1e-5, atol=1e-5)
 
 
 # Padding ---------------------------------------------------------------------------------------------

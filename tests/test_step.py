@@ -15,7 +15,7 @@ from janus_jax import config, losses, mesh, optim, step
 ROWS, LENGTH, WORDS = 16, 8, 20
 BASE = config.from_dict(
     {
-        "batch": {"buckets": [LENGTH], "tokens": ROWS * LENGTH},
+        "batch": {"buckets": [LENGTH], "tokens": ROWS * LENGTH, "mask_rate": 0.6},  # 5 slots hold M
         "model": {
             "vocab_size": WORDS,
             "dim": 16,
@@ -47,13 +47,14 @@ def changed(base=BASE, **sections):
 
 
 def copy_task(rows=ROWS, seed=0):
-    """A batch whose targets are its sources, 4 to 8 tokens long, half of the inner tokens masked."""
+    """A batch whose targets are its sources, 4 to 8 tokens long, some of the inner tokens masked."""
     rng = np.random.default_rng(seed)
     examples = []
     for i in range(rows):
         words = rng.integers(5, WORDS, rng.integers(2, LENGTH - 1))
         tokens = np.concatenate([[1], words, [2]]).astype(np.int32)
-        examples.append(batches.Example(i, tokens, tokens, batches.mask_uniform(len(tokens), rng)))
+        masked = batches.corrupt(tokens, rng, BASE.batch, BASE.model.ids)
+        examples.append(batches.Example(i, tokens, tokens, masked))
     return batches.assemble(examples, rows, LENGTH, pad=0)
 
 
@@ -116,6 +117,24 @@ def test_four_micro_batches_are_one_batch(start, batch, updated):
     parts = batch["masked"].sum(1).reshape(-1, 4).sum(0)
     assert len(set(parts.tolist())) > 1
     assert_same_update(train_step(start, batch, changed(train={"microbatches": 4})), updated)
+
+
+@pytest.mark.parametrize("objective", ["janus", "ar", "cmlm"])
+def test_the_plain_version_is_the_same_update(start, batch, updated, objective):
+    """Every stream at every place in every layer, and all logits at once."""
+    chosen = changed(loss={"objective": objective})
+    fast = updated if objective == "janus" else train_step(start, batch, chosen)
+    assert batches.capacity(LENGTH, BASE.batch, BASE.model.ids) == 5
+    assert_same_update(train_step(start, batch, changed(chosen, loss={"gather": False, "chunk": 0})), fast)
+
+
+def test_more_masks_than_the_sampler_draws_are_refused(start, batch):
+    full = batch | {"masked": batch["target"] > 2}
+    assert full["masked"].sum(1).max() == 6
+    after, metrics = train_step(start, full, BASE)
+    assert metrics["ok"] == 0
+    assert np.isnan(metrics["loss"])
+    assert_unchanged(start.params, after.params)
 
 
 LAYOUTS = [{"data": 8}, {"fsdp": 8}, {"fsdp": 2, "tensor": 2}]

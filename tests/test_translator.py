@@ -29,7 +29,7 @@ def translator(tiny_translator):
     return tiny_translator
 
 
-@pytest.mark.parametrize("decode", ["ar", "nar"])
+@pytest.mark.parametrize("decode", ["ar", "nar", "draft"])
 def test_a_line_does_not_depend_on_the_others(translator, decode):
     together = translator.decode(LINES, decode)[0]
     assert len(together) == len(LINES)
@@ -43,12 +43,19 @@ def test_a_line_does_not_depend_on_the_others(translator, decode):
     assert [f[0].text for f in backwards] == [f[0].text for f in together]
 
 
-@pytest.mark.parametrize("decode", ["ar", "nar"])
+@pytest.mark.parametrize("decode", ["ar", "nar", "draft"])
 def test_eight_devices_write_what_one_writes(tiny_run, translator, decode):
     params, _ = run.open_run(tiny_run.folder).params()
     config = dataclasses.replace(tiny_run.config, mesh=dataclasses.replace(tiny_run.config.mesh, data=8))
     spread = Translator(params, config, translator.vocabulary)
     assert spread(LINES, decode) == translator(LINES, decode)
+
+
+def test_drafting_writes_what_greedy_search_writes_in_no_more_passes(translator):
+    found, report = translator.decode([*LINES, LONG], "draft")
+    expected, _ = translator.decode([*LINES, LONG], "ar", beam=1)
+    assert [f[0].text for f in found] == [f[0].text for f in expected]
+    assert 5 <= report.passes <= report.tokens + 5  # EOS of each is a symbol too
 
 
 def test_report(translator):
@@ -130,11 +137,12 @@ def test_refinement_ends_with_the_translation(translator):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"decode": "both"}, "decode must be one of ar, nar, got 'both'"),
+        ({"decode": "both"}, "decode must be one of ar, nar, draft, got 'both'"),
         ({"beem": 3}, "unknown decoding option 'beem'; there are ban_unk, beam"),
         ({"beam": 0}, "^decode.beam must be at least 1, got 0$"),
         ({"decode": "nar", "iterations": 2.5}, "decode.iterations must be int, got 2.5"),
         ({"nbest": 3}, "nbest = 3 needs beam of at least that; it is 2"),
+        ({"decode": "draft", "nbest": 2}, "nbest = 2 needs another mode"),
         ({"decode": "nar", "nbest": 4}, "nbest = 4 needs candidates of at least that; it is 3"),
         ({"nbest": 0}, "nbest = 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),

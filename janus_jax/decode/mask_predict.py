@@ -1,7 +1,9 @@
 """Non-autoregressive decoding: all slots at once, then the least certain again (mask-predict).
 
-The model is a function `fill(tokens [B, N, T]) -> logits [B, N, T, V]` over whole canvases.  A canvas
-of length n is BOS, n - 2 slots, EOS, then pad; N canvases a sentence try N lengths.  With P passes:
+The model is two functions: `look(tokens [B, N, T]) -> states [B, N, T, D]` over whole canvases, and
+`project(states [.., D]) -> logits [.., V]`, which is asked for masked slots only, some at a time: no
+[B, N, T, V] is ever there.  A canvas of length n is BOS, n - 2 slots, EOS, then pad; N canvases a
+sentence try N lengths.  With P passes:
 
     canvas   BOS  [M]   [M]   [M]   EOS   pad      before pass 0
     filled   BOS  a     b     c     EOS   pad      arg max in every masked slot, with its log p
@@ -12,15 +14,17 @@ A pass that changes nothing is no fixed point: the next one masks fewer slots an
 there (`early_stop`) saves half of ten passes and keeps repetitions that the others would have mended.
 
 A kept slot keeps its symbol and log p, and can be masked again later.  Every row goes by its own
-length and stops by itself, so its result depends on no other row.  Against the reference (METHOD
-section 5): the score counts generated symbols only, so an empty candidate does not always win; a row
-that stops early keeps its last filling, without masks; a pad, if not banned, is a symbol like any other.
+length and stops by itself, at the latest when it has nothing left to fill (a short one before pass P),
+so its result depends on no other row.  Against the reference (METHOD section 5): the score counts
+generated symbols only, so an empty candidate does not always win; a row that stops early keeps its
+last filling, without masks; a pad, if not banned, is a symbol like any other.
 
 On several devices run it inside `jax.shard_map` over B: each device then makes the passes that its own
 rows need.  Automatic sharding gives the same results, one small reduction a pass.
 
-Letters: B batch, N length candidates, T slots, V vocabulary, P passes, n length of one canvas.
-Room: pure core.  Imports config only; knows no model; touches no file, no device, no clock.
+Letters: B batch, N length candidates, T slots, D width of a state, V vocabulary, P passes, n length of
+one canvas.
+Room: pure core.  Imports config and decode only; knows no model; touches no file, no device, no clock.
 """
 
 from __future__ import annotations
@@ -35,8 +39,13 @@ import numpy as np
 from jax import lax
 
 from janus_jax.config import SpecialIds
+from janus_jax.decode.beam import best_symbol
 
-Fill = Callable[[jax.Array], jax.Array]
+Look = Callable[[jax.Array], jax.Array]
+Project = Callable[[jax.Array], jax.Array]
+
+READ_AT_ONCE = 2048  # most slots whose logits exist at a time; a quarter of the canvas if that is less
+READ_AT_LEAST = 16
 
 EMPTY = 2  # length of a canvas without slots: BOS and EOS
 
@@ -53,7 +62,7 @@ class MaskPredictOptions:
     max_length: int = 128  # T, BOS and EOS counted
     iterations: int = 10  # P, decoder passes; the reference's max_iter + 1
     banned: tuple[int, ...] = ()  # symbols that are never emitted
-    early_stop: bool = True  # a row stops when a pass changes nothing, or when nothing is left to fill
+    early_stop: bool = True  # a row stops when a pass changes nothing, too
     history: bool = False  # return what every pass did
 
     def __post_init__(self) -> None:
@@ -131,12 +140,15 @@ def candidate_lengths(
     return jnp.clip(likeliest[:, None] + offsets, min_length, greatest[:, None])
 
 
-def mask_predict(fill: Fill, lengths: jax.Array, options: MaskPredictOptions) -> MaskPredictResult:
+def mask_predict(
+    look: Look, project: Project, lengths: jax.Array, options: MaskPredictOptions
+) -> MaskPredictResult:
     """Fill and refine a canvas of each given length (METHOD section 5).
 
     Args:
-      fill: tokens [B, N, T] int32 -> logits [B, N, T, V]; softmax is taken here, in float32, before
-        symbols are banned.
+      look: tokens [B, N, T] int32 -> states [B, N, T, D].
+      project: states [.., D] -> logits [.., V]; softmax is taken here, in float32, before symbols are
+        banned.
       lengths: [B, N] int32, BOS and EOS counted; brought inside 2..T.
       options: static.
 
@@ -147,19 +159,18 @@ def mask_predict(fill: Fill, lengths: jax.Array, options: MaskPredictOptions) ->
     canvas = blank_canvas(lengths, options)
 
     def advance(rows: _Rows) -> _Rows:
-        tokens, log_probs = _fill_masked(fill, rows.canvas, rows.log_probs, options)
         stopped = rows.stopped[..., None]
-        tokens = jnp.where(stopped, rows.tokens, tokens)
-        log_probs = jnp.where(stopped, rows.log_probs, log_probs)
+        open_slots = (rows.canvas == options.ids.mask) & ~stopped
+        states = look(rows.canvas)
+        symbols, log_p = fill_slots(project, states, open_slots, options.banned)
+        tokens = jnp.where(open_slots, symbols, jnp.where(stopped, rows.tokens, rows.canvas))
+        log_probs = jnp.where(open_slots, log_p, rows.log_probs)
         remasked = least_certain(log_probs, lengths, rows.made, options.iterations) & ~stopped
         canvas = jnp.where(remasked, options.ids.mask, tokens)
         passes = rows.passes + ~rows.stopped
+        ends = rows.stopped | ~jnp.any(canvas == options.ids.mask, axis=-1)
         if options.early_stop:
-            unchanged = jnp.all(tokens == rows.tokens, axis=-1)
-            complete = ~jnp.any(canvas == options.ids.mask, axis=-1)
-            ends = unchanged | complete | rows.stopped
-        else:
-            ends = rows.stopped
+            ends |= jnp.all(tokens == rows.tokens, axis=-1)
         done = History(tokens, log_probs, remasked & ~ends[..., None])
         history = rows.history and jax.tree.map(
             lambda b, v: lax.dynamic_update_index_in_dim(b, v, rows.made, 0), rows.history, done
@@ -263,19 +274,52 @@ def _slots(log_probs: jax.Array, lengths: jax.Array) -> jax.Array:
     return (place > 0) & (place < lengths[..., None] - 1)
 
 
-def _fill_masked(
-    fill: Fill, canvas: jax.Array, log_probs: jax.Array, options: MaskPredictOptions
+def fill_slots(
+    project: Project, states: jax.Array, where: jax.Array, banned: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """`canvas` and `log_probs` with the arg max and its log-probability in every masked slot."""
-    logits = fill(canvas).astype(jnp.float32)
+    """The likeliest admitted symbol of the chosen slots, and its log-probability.
+
+    Args:
+      project: states [.., D] -> logits [.., V].
+      states: [..., D].
+      where: [...] bool, the slots to read; logits are computed for these alone, chunk by chunk.
+      banned: symbols that are never emitted.
+
+    Returns:
+      [...] int32 and [...] float32; 0 where nothing was read.
+    """
+    shape, flat = where.shape, states.reshape(-1, states.shape[-1])
+    size = min(READ_AT_ONCE, max(READ_AT_LEAST, -(-flat.shape[0] // 4)), flat.shape[0])
+    order = jnp.argsort(~where.reshape(-1), stable=True)  # the chosen slots, then the others
+    order = jnp.pad(order, (0, -flat.shape[0] % size))
+    count = jnp.sum(where, dtype=jnp.int32)
+
+    def read(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        start, symbols, log_probs = carry
+        slots = lax.dynamic_slice_in_dim(order, start, size)
+        # Beyond the chosen ones: out of range, so that nothing is written.
+        slots = jnp.where(start + jnp.arange(size) < count, slots, flat.shape[0])
+        logits = project(jnp.take(flat, slots, axis=0, mode="clip")).astype(jnp.float32)
+        found, best = best_symbol(admit(logits, banned))
+        symbols = symbols.at[slots].set(found, mode="drop")
+        log_p = best - jax.nn.logsumexp(logits, axis=-1)
+        return start + size, symbols, log_probs.at[slots].set(log_p, mode="drop")
+
+    start = (jnp.int32(0), jnp.zeros(flat.shape[0], jnp.int32), jnp.zeros(flat.shape[0]))
+    _, symbols, log_probs = lax.while_loop(lambda carry: carry[0] < count, read, start)
+    return symbols.reshape(shape), log_probs.reshape(shape)
+
+
+def admit(logits: jax.Array, banned: tuple[int, ...]) -> jax.Array:
+    """`logits` [..., V] with -inf for the banned symbols.
+
+    Raises:
+      MaskPredictOptionsError: a banned symbol outside the vocabulary.
+    """
     vocabulary = logits.shape[-1]
-    if absent := sorted(set(options.banned) - set(range(vocabulary))):
+    if absent := sorted(set(banned) - set(range(vocabulary))):
         raise MaskPredictOptionsError(f"banned symbols {absent} lie outside the vocabulary of {vocabulary}")
-    admitted = jnp.where(np.isin(np.arange(vocabulary), options.banned), -jnp.inf, logits)
-    best = jnp.max(admitted, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-    masked = canvas == options.ids.mask
-    tokens = jnp.where(masked, jnp.argmax(admitted, axis=-1).astype(jnp.int32), canvas)
-    return tokens, jnp.where(masked, best, log_probs)
+    return jnp.where(np.isin(np.arange(vocabulary), banned), -jnp.inf, logits)
 
 
 def _blank_history(shape: tuple[int, ...], iterations: int) -> History:

@@ -1,6 +1,7 @@
 """The network.  The only room that knows flax; imports masks, batch and config alone."""
 
 from janus_jax.models.janus import (
+    ArCache,
     Janus,
     Memory,
     Outputs,
@@ -13,6 +14,7 @@ from janus_jax.models.janus import (
 )
 
 __all__ = [
+    "ArCache",
     "Janus",
     "Memory",
     "Outputs",

@@ -1,8 +1,9 @@
 """JANUS: one encoder, one decoder stack, read as P_AR, P_NAR and P_AUX.
 
 Training and scoring go through `Janus.__call__`: one encoder pass and one decoder pass over all
-streams.  Decoding goes through `encode`, then `ar_step` (one token, cached) or `nar_pass` (a whole
-canvas).  Parameters are a plain nested dict of float32 arrays; layers are stacked on a first axis.
+streams.  Decoding goes through `remember`, then `ar_step` (one token, cached), `nar_pass` (a whole
+canvas) or `draft_pass` (both at once).  Parameters are a plain nested dict of float32 arrays; layers
+are stacked on a first axis.
 
 Letters: B sentences, G beams or candidates of a sentence, S source length, T target length,
 D model width, V vocabulary, C length classes, L layers, H heads, K head width.
@@ -12,6 +13,7 @@ Room: pure core, models.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,7 +31,10 @@ from janus_jax.models.transformer import (
     KeysValues,
     LayerCache,
     Plan,
+    Sight,
+    keep,
     layer_norm,
+    run_pruned,
     sinusoidal_positions,
     stack,
 )
@@ -77,9 +82,24 @@ def output_projection(params: Params, config: ModelConfig) -> Projection:
 class Memory:
     """A source, encoded and projected once for all decoding steps."""
 
-    layers: KeysValues  # cross-attention keys and values, [L, B, S, H, K]
+    layers: KeysValues  # cross-attention keys and values, [L, B, H, S, K]
     mask: jax.Array  # [B, 1, S] bool
     length_logits: jax.Array  # [B, C] float32
+
+
+@struct.dataclass
+class ArCache:
+    """AR content so far, of all beams of each sentence together.
+
+    A beam that goes on from another one does not copy its content: `sources` says whose it sees.
+    """
+
+    content: KeysValues  # [L, B, P, H, K]; P = places x beams, cell place * beams + beam
+    sources: jax.Array  # [B, G, T] int32: the beam whose cell holds this beam's token at each place
+
+    def reorder(self, parents: jax.Array) -> ArCache:
+        """Beam g of sentence b goes on from its beam parents[b, g]: [B, G] int32; no content moves."""
+        return ArCache(self.content, jnp.take_along_axis(self.sources, parents[..., None], axis=1))
 
 
 class Encoder(nn.Module):
@@ -116,27 +136,49 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, plan: Plan, encoded: jax.Array, source_mask: jax.Array
     ) -> jax.Array:
-        """Token rows [B, N, D] of all slots, positions [N] -> [B, N, D]."""
-        x, _ = self.layers(self.input(tokens, positions), None, (plan, encoded, source_mask))
+        """Token rows [B, N, D] of all slots, positions [N] -> [B, N', D], the slots that come out."""
+        x = keep(self.input(tokens, positions), plan.enter)
+        x, _ = self._layers("__call__", x, None, plan, lambda p: (p, encoded, source_mask))
         return self._finish(x)
 
     def memory(self, encoded: jax.Array) -> KeysValues:
-        """Encoded source [B, S, D] -> keys and values of every layer, [L, B, S, H, K]."""
+        """Encoded source [B, S, D] -> keys and values of every layer, [L, B, H, S, K]."""
         return self.layers.memory(encoded, None, None)[1]
 
     def remembered(self, tokens: jax.Array, positions: jax.Array, plan: Plan, memory: Memory) -> jax.Array:
         """As `__call__`, over a projected source; R may be B x candidates."""
+        x = keep(self.input(tokens, positions), plan.enter)
         cache = LayerCache(memory.layers)
-        x, _ = self.layers.remembered(self.input(tokens, positions), cache, (plan, memory.mask))
+        x, _ = self._layers("remembered", x, cache, plan, lambda p: (p, memory.mask))
         return self._finish(x)
 
     def step(
-        self, tokens: jax.Array, positions: jax.Array, content: KeysValues, index: jax.Array, memory: Memory
+        self, tokens: jax.Array, positions: jax.Array, content: KeysValues, sight: Sight, memory: Memory
     ) -> tuple[jax.Array, KeysValues]:
-        """One AR step: rows [R, 1 or 2, D], content cache [L, R, T, H, K] -> last slot [R, D], cache."""
-        cache = LayerCache(memory.layers, content)
-        x, content = self.layers.step(self.input(tokens, positions), cache, (index, memory.mask))
-        return self._finish(x[:, -1]), content
+        """A decoding pass: rows [B, N, D], cached content [L, B, P, H, K] -> states, the cache.
+
+        The states are those of the AR slots that predict, and of the canvas.
+        """
+        x, cache = self.input(tokens, positions), LayerCache(memory.layers, content)
+        if sight.ar == sight.content:
+            x, content = self.layers.step(x, cache, (sight, memory.mask))
+        else:  # content slots have no other reader in the last layer than the cache
+            last = dataclasses.replace(sight, kept=sight.content)
+            x, content = self._pruned("step", x, cache, ((sight, memory.mask), (last, memory.mask)))
+        return self._finish(x), content
+
+    def _layers(
+        self, method: str, x: jax.Array, by_layer: Any, plan: Plan, shared: Callable[[Plan], Any]
+    ) -> tuple[jax.Array, Any]:
+        if plan.last is None:
+            return getattr(self.layers, method)(x, by_layer, shared(plan))
+        return self._pruned(method, x, by_layer, (shared(plan), shared(plan.last)))
+
+    def _pruned(
+        self, method: str, x: jax.Array, by_layer: Any, shared: tuple[Any, Any]
+    ) -> tuple[jax.Array, Any]:
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        return run_pruned(self.layers, method, x, by_layer, shared, key)
 
     def _finish(self, x: jax.Array) -> jax.Array:
         return x if self.norm is None else self.norm(x)
@@ -164,7 +206,7 @@ class Janus(nn.Module):
         self.encoder, self.decoder = Encoder(c), Decoder(c)
 
     def __call__(
-        self, source: jax.Array, target: jax.Array, masked: jax.Array | None = None, **asked: bool
+        self, source: jax.Array, target: jax.Array, masked: jax.Array | None = None, **asked: Any
     ) -> Outputs:
         """Logits; arguments as of `states`."""
         found = self.states(source, target, masked, **asked)
@@ -180,6 +222,8 @@ class Janus(nn.Module):
         ar: bool = True,
         nar: bool = True,
         aux: bool = True,
+        capacity: int | None = None,
+        prune: bool = False,
     ) -> Outputs:
         """One encoder pass, one decoder pass over the streams asked for; the states, not yet projected.
 
@@ -190,11 +234,22 @@ class Janus(nn.Module):
           ar: compute P_AR.
           nar: compute P_NAR.
           aux: compute P_AUX (needs nar).
+          capacity: slots that AUX is computed in, enough for the places in M (`streams.lay_out`); None: T.
+          prune: compute in the last layer what is read alone.  Neither changes a number that is read.
         """
         encoded, source_mask = self.encode(source)
-        slots = streams.lay_out(target, masked, self.config, self._target_rows, ar=ar, nar=nar, aux=aux)
-        x = self.decoder(slots.rows, slots.positions, slots.plan, encoded, source_mask)
-        read = {name: _aligned(name, x[:, a:b]) for name, (a, b) in slots.read.items()}
+        slots = streams.lay_out(
+            target,
+            masked,
+            self.config,
+            self._target_rows,
+            ar=ar,
+            nar=nar,
+            aux=aux,
+            capacity=capacity,
+            prune=prune,
+        )
+        read = slots.states(self.decoder(slots.rows, slots.positions, slots.plan, encoded, source_mask))
         return Outputs(
             read.get("ar"), read.get("nar"), read.get("aux"), self.length_logits(encoded, source_mask)
         )
@@ -217,33 +272,75 @@ class Janus(nn.Module):
         return mean @ constrain(self.length_table).T
 
     def ar_step(
-        self, tokens: jax.Array, index: jax.Array, content: KeysValues, memory: Memory
-    ) -> tuple[jax.Array, KeysValues]:
+        self, tokens: jax.Array, index: jax.Array, cache: ArCache, memory: Memory
+    ) -> tuple[jax.Array, ArCache]:
         """Feeds one token per beam and reads the next one's logits.
 
         Args:
           tokens: [B, G] int32, the token at place `index` (ids.start at 0).
           index: int32 scalar.
-          content: cache [L, B, G, T, H, K] from `empty_cache`, filled below `index`.
+          cache: from `empty_cache`, filled below `index`.
           memory: the source.
 
         Returns:
           Logits [B, G, V] float32 of place index + 1, and the cache with this token in it.
         """
-        c = self.config
-        beams, flat = content[0].shape[1:3], tuple(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in content)
-        slots = tokens.reshape(-1, 1)
-        places = streams.ar_positions(jnp.asarray(index)[None], c)
-        positions = places[0]
-        if c.ar_stream == "query":
-            slots = jnp.concatenate([slots, jnp.full_like(slots, c.ids.mask)], axis=1)
-            positions = jnp.concatenate(places)
-        x, new = self.decoder.step(self._target_rows(slots), positions, (flat[0], flat[1]), index, memory)
-        keys, values = (x.reshape(x.shape[0], *beams, *x.shape[2:]) for x in new)
-        return self.logits(x).reshape(*beams, -1), (keys, values)
+        beams = tokens.shape[1]
+        own = jnp.broadcast_to(jnp.arange(beams, dtype=jnp.int32)[:, None], (*tokens.shape, 1))
+        sources = jax.lax.dynamic_update_slice_in_dim(cache.sources, own, index, axis=2)
+        # Cells lie place by place; a beam sees those that its own tokens, or its ancestors', were written to.
+        cells = (jnp.arange(sources.shape[2]) <= index)[None, None]
+        if beams > 1:
+            cells = (cells[..., None] & (sources[..., None] == jnp.arange(beams))).reshape(*tokens.shape, -1)
+        slots, positions, cells = self._with_queries(tokens, jnp.broadcast_to(index, (beams,)), cells)
+        sight = Sight(jnp.asarray(index) * beams, cells, None, beams, slots.shape[1])
+        x, content = self.decoder.step(self._target_rows(slots), positions, cache.content, sight, memory)
+        return self.logits(x), ArCache(content, sources)
+
+    def draft_pass(
+        self, tokens: jax.Array, start: jax.Array, canvas: jax.Array, cache: ArCache, memory: Memory
+    ) -> tuple[jax.Array, jax.Array, ArCache]:
+        """AR over a block of each sentence and NAR over its canvas, in one pass.
+
+        Args:
+          tokens: [B, K] int32, the tokens at places start .. start + K - 1.
+          start: [B] int32, the place of the last accepted token of each sentence.
+          canvas: [B, T] int32 with [M] where open.
+          cache: of one beam, with K cells to spare, filled below `start`.
+          memory: the sources.
+
+        Returns:
+          AR logits [B, K, V] of places start + 1 .. start + K, NAR states [B, T, D], and the cache.
+        """
+        block, limit = tokens.shape[1], self.config.max_positions - 1
+        places = start[:, None] + jnp.arange(block)
+        cells = jnp.arange(cache.content[0].shape[2]) <= places[..., None]
+        # Slots beyond the tables are never read.
+        slots, positions, cells = self._with_queries(tokens, jnp.minimum(places, limit), cells)
+        on_canvas = jnp.broadcast_to(jnp.arange(canvas.shape[1]), canvas.shape)
+        on = masks.padding_mask(canvas != self.config.ids.pad)
+        sight = Sight(start, cells, on, block, slots.shape[1])
+        slots = jnp.concatenate([slots, canvas], axis=1)
+        positions = jnp.concatenate([positions, on_canvas], axis=1)
+        x, content = self.decoder.step(self._target_rows(slots), positions, cache.content, sight, memory)
+        return self.logits(x[:, :block]), x[:, block:], ArCache(content, cache.sources)
+
+    def _with_queries(
+        self, tokens: jax.Array, places: jax.Array, cells: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """AR slots of tokens [B, n] at places [.., n]: with their queries, if there are any.
+
+        Returns tokens [B, n or 2n], positions [.., n or 2n] and what they see, [.., n or 2n, P].
+        """
+        content, query = streams.ar_positions(places, self.config)
+        if self.config.ar_stream == "content":
+            return tokens, content, cells
+        cells = jnp.concatenate([cells, cells], axis=1)
+        slots = jnp.concatenate([tokens, jnp.full_like(tokens, self.config.ids.mask)], axis=1)
+        return slots, jnp.concatenate([content, query], axis=-1), cells
 
     def nar_pass(self, canvas: jax.Array, memory: Memory) -> jax.Array:
-        """One mask-predict pass: canvas [B, G, T] int32 with [M] where open -> logits [B, G, T, V]."""
+        """One mask-predict pass: canvas [B, G, T] int32, [M] where open -> states [B, G, T, D]."""
         rows = canvas.reshape(-1, canvas.shape[-1])
         nothing = jnp.zeros(rows.shape, bool)  # the canvas holds its [M] already
         slots = streams.lay_out(rows, nothing, self.config, self._target_rows, ar=False, nar=True, aux=False)
@@ -255,8 +352,10 @@ class Janus(nn.Module):
         [:, :, t] is the distribution of y_t, as in `Outputs.ar`.
         """
         rows = target.reshape(-1, target.shape[-1])
-        slots = streams.lay_out(rows, None, self.config, self._target_rows, ar=True, nar=False, aux=False)
-        return self._read(slots, memory).reshape(*target.shape, -1)
+        slots = streams.lay_out(
+            rows, None, self.config, self._target_rows, ar=True, nar=False, aux=False, prune=True
+        )
+        return self.logits(self._read(slots, memory)).reshape(*target.shape, -1)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """States [.., D] -> vocabulary logits [.., V] float32."""
@@ -264,10 +363,10 @@ class Janus(nn.Module):
         return project(Projection(self.output_table, bias), x)
 
     def _read(self, slots: streams.Slots, memory: Memory) -> jax.Array:
-        """Logits of the only distribution laid out."""
+        """States of the only distribution laid out."""
         x = self.decoder.remembered(slots.rows, slots.positions, slots.plan, memory)
-        ((name, (start, end)),) = slots.read.items()
-        return self.logits(_aligned(name, x[:, start:end]))
+        (states,) = slots.states(x).values()
+        return states
 
     def _target_rows(self, tokens: jax.Array) -> jax.Array:
         """Target token ids [..] -> embeddings [.., D]."""
@@ -279,14 +378,6 @@ class Janus(nn.Module):
         if tokens.ndim:  # else a single symbol's
             rows = constrain(rows, ROWS)
         return rows * self.config.dim**0.5 if self.config.scale_embeddings else rows
-
-
-def _aligned(name: str, x: jax.Array) -> jax.Array:
-    """States of the slots of one distribution [R, T, D], moved to the places that they predict.
-
-    AR slot t predicts place t + 1; moving states costs less than moving logits later.
-    """
-    return jnp.roll(x, 1, axis=1) if name == "ar" else x
 
 
 class _Input(nn.Module):
@@ -319,8 +410,9 @@ def init_params(key: jax.Array, config: ModelConfig) -> Params:
     return Janus(config).init(key, tokens, tokens, masked, ar=True, nar=nar, aux=nar)["params"]
 
 
-def empty_cache(config: ModelConfig, sentences: int, beams: int, length: int) -> KeysValues:
-    """Zeros for the AR content of `length` places: keys and values, [L, B, G, T, H, K]."""
-    shape = (config.decoder_layers, sentences, beams, length, config.heads, config.dim // config.heads)
+def empty_cache(config: ModelConfig, sentences: int, beams: int, length: int) -> ArCache:
+    """No content yet, and room for that of `length` places."""
+    width = config.dim // config.heads
+    shape = (config.decoder_layers, sentences, length * beams, config.heads, width)
     zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
-    return zeros, zeros
+    return ArCache((zeros, zeros), jnp.zeros((sentences, beams, length), jnp.int32))

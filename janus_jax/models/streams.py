@@ -13,25 +13,29 @@ decoder" and "AUX" are ways to feed and to mask that stack (METHOD, sections 1 a
 (*) `code`: both at i, as the released code has it; `figure`: both at i + 1; `aligned`: content at
 i and query at i + 1, so that each carries the place of what it is or predicts.
 
-All streams keep the target's own order and its static length T, so AR slot t predicts target
-position t + 1, NAR and AUX slots position t.  Slots outside M of the two-stream part are computed
-and never read.
+All streams keep the target's own order, so AR slot t predicts target position t + 1, NAR and AUX
+slots position t.  Plainly, each stream has T slots, and those outside M of the two-stream part are
+computed and never read.  Two options leave out what nobody reads, and change no number that is read:
+`capacity` gives the two-stream part C slots, which hold the places in M of each row; `prune` makes
+of a slot that nobody reads keys and values alone in the last layer.
 
-Letters: R rows, T target length, N slots (T for each stream).
+Letters: R rows, T target length, N slots (T for each stream), C capacity, Q queries, K keys.
 Room: pure core, models.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 
 from janus_jax import masks
 from janus_jax.config import ModelConfig
-from janus_jax.models.transformer import Block, Plan, Range
+from janus_jax.models.members import Members, members, put_back
+from janus_jax.models.transformer import Block, Kept, Plan, Range
 
 
 @dataclasses.dataclass
@@ -41,7 +45,30 @@ class Slots:
     rows: jax.Array  # [R, N, D] token embeddings
     positions: jax.Array  # [N] int32
     plan: Plan
-    read: dict[str, Range]  # of "ar", "nar", "aux": the run of slots that predicts it
+    read: dict[str, Range]  # of "ar", "nar", "aux": the run of the slots that come out which predicts it
+    held: dict[str, Members]  # of what is read at the places in M alone, one run of C slots
+
+    def states(self, x: jax.Array) -> dict[str, jax.Array]:
+        """Decoder states -> {distribution: [R, T, D]}, each at the places that it predicts.
+
+        AR slot t predicts place t + 1; moving states costs less than moving logits later.
+        """
+        found = {name: x[:, a:b] for name, (a, b) in self.read.items()}
+        found = {n: put_back(x, self.held[n]) if n in self.held else x for n, x in found.items()}
+        return {name: jnp.roll(x, 1, axis=1) if name == "ar" else x for name, x in found.items()}
+
+
+@dataclasses.dataclass
+class _Stream:
+    """One run of slots."""
+
+    name: str
+    rows: jax.Array  # [R, T, D]
+    positions: jax.Array  # [T]
+    keys: tuple[str, ...]  # the content streams it attends
+    mask: jax.Array  # [R or 1, Q or 1, K] bool
+    read: str | None = None  # the distribution it predicts; None: it is content alone
+    members: Members | None = None  # it exists at the places in M alone
 
 
 def lay_out(
@@ -53,6 +80,8 @@ def lay_out(
     ar: bool,
     nar: bool,
     aux: bool,
+    capacity: int | None = None,
+    prune: bool = False,
 ) -> Slots:
     """The streams asked for, side by side.
 
@@ -64,58 +93,96 @@ def lay_out(
       ar: lay out AR content, and AR query where `ar_stream` is "query".
       nar: lay out NAR content.
       aux: lay out true content and AUX query too; needs `nar`, whose content they attend.
+      capacity: C, static: slots of the two-stream part, which hold the places in M.  A row with more of
+        them predicts NaN at those that are left out.  None: T slots, none is left out.
+      prune: what nobody reads does not attend in the last layer; with a capacity, NAR outside M neither.
     """
     if aux and not nar:
         raise ValueError("the AUX streams attend the NAR content stream: aux=True needs nar=True")
     target = jnp.asarray(target)
-    ids, length = config.ids, target.shape[1]
+    length = target.shape[1]
     check_length(config, length, "a target")
     place = jnp.arange(length)
     truths = embed(target)
-    symbol = embed(jnp.asarray(ids.mask))
+    symbol = embed(jnp.asarray(config.ids.mask))
     symbols = jnp.broadcast_to(symbol, truths.shape)
-    rows: list[jax.Array] = []
-    positions: list[jax.Array] = []
-    content: list[Range] = []
-    blocks: list[Block] = []
-    read: dict[str, Range] = {}
-
-    def add(slot_rows: jax.Array, slot_positions: jax.Array) -> Range:
-        start = length * len(rows)
-        rows.append(slot_rows)
-        positions.append(slot_positions)
-        return start, start + length
-
+    laid: list[_Stream] = []
+    held: Members | None = None
     if ar:
         content_place, query_place = ar_positions(place, config)
-        fed = truths if ids.start == ids.bos else truths.at[:, 0].set(embed(jnp.asarray(ids.start)))
-        stream = add(fed, content_place)
-        content.append(stream)
+        start = config.ids.start
+        fed = truths if start == config.ids.bos else truths.at[:, 0].set(embed(jnp.asarray(start)))
         causal = masks.causal_mask(length)
-        if config.ar_stream == "query":
-            read["ar"] = add(symbols, query_place)
-            causal = jnp.tile(causal, (1, 2, 1))
-        else:
-            read["ar"] = stream
-        blocks.append(Block(causal, queries=(stream[0], read["ar"][1]), keys=(0, length)))
+        own = ("ar content",)
+        query = config.ar_stream == "query"
+        laid.append(_Stream("ar content", fed, content_place, own, causal, None if query else "ar"))
+        if query:
+            laid.append(_Stream("ar query", symbols, query_place, own, causal, "ar"))
     if nar:
         if masked is None:
             raise ValueError("the NAR streams need the set M: pass masked")
-        real = target != ids.pad
-        keys = length * len(content)
-        read["nar"] = add(jnp.where(masked[..., None], symbol, truths), place)
-        content.append(read["nar"])
-        blocks.append(Block(masks.padding_mask(real), queries=read["nar"], keys=(keys, keys + length)))
+        real = target != config.ids.pad
+        held = None if capacity is None else members(masked, capacity)
+        filled = jnp.where(masked[..., None], symbol, truths)
+        laid.append(_Stream("nar", filled, place, ("nar",), masks.padding_mask(real), "nar"))
         if aux:
-            truth = add(truths, place)
-            content.append(truth)
-            read["aux"] = add(symbols, place)
-            seen = [masks.true_content_mask(masked, real), masks.aux_query_mask(masked, real)]
-            queries = (truth[0], read["aux"][1])
-            blocks.append(Block(jnp.concatenate(seen, axis=1), queries, keys=(keys, keys + 2 * length)))
+            keys = ("nar", "truth")
+            at = None if held is None else (held.place, held.there)
+            seen = masks.true_content_mask(masked, real, at), masks.aux_query_mask(masked, real, at)
+            laid.append(_Stream("truth", truths, place, keys, seen[0], members=held))
+            laid.append(_Stream("aux query", symbols, place, keys, seen[1], "aux", held))
+    return _planned(laid, held, length, prune=prune)
 
-    plan = Plan(tuple(blocks), _joined(content))
-    return Slots(jnp.concatenate(rows, axis=1), jnp.concatenate(positions), plan, read)
+
+def _planned(laid: list[_Stream], held: Members | None, length: int, *, prune: bool) -> Slots:
+    """The slots of all streams, and who attends whom among those that are computed."""
+    sizes = [length if s.members is None else s.members.place.shape[1] for s in laid]
+    runs = dict(zip((s.name for s in laid), _runs(sizes), strict=True))
+    content = [name for name in runs if any(name in s.keys for s in laid)]
+    keys = dict(zip(content, _runs([runs[n][1] - runs[n][0] for n in content]), strict=True))
+    plan = Plan(_blocks(laid, sizes, keys), _joined([runs[n] for n in content]))
+    if any(s.members is not None for s in laid):
+        embedded = _runs([length] * len(laid))
+        plan = dataclasses.replace(plan, enter=_kept(zip(embedded, (s.members for s in laid), strict=True)))
+    reads = {s.name: s.read for s in laid if s.read is not None}
+    out, at_members = runs, {s.read: s.members for s in laid if s.read and s.members is not None}
+    if prune and (len(reads) < len(laid) or held is not None):
+        going = [s for s in laid if s.read is not None]
+        kept = [(runs[s.name], held if s.name == "nar" else None) for s in going]
+        if held is not None:
+            at_members["nar"] = held
+        sizes = [m.place.shape[1] if (m := at_members.get(str(s.read))) else length for s in going]
+        out = dict(zip((s.name for s in going), _runs(sizes), strict=True))
+        plan = dataclasses.replace(plan, last=Plan(_blocks(going, sizes, keys), plan.content, _kept(kept)))
+    return Slots(
+        jnp.concatenate([s.rows for s in laid], axis=1),
+        jnp.concatenate([s.positions for s in laid]),
+        plan,
+        {read: out[name] for name, read in reads.items()},
+        at_members,
+    )
+
+
+def _blocks(streams: list[_Stream], sizes: list[int], keys: dict[str, Range]) -> tuple[Block, ...]:
+    """Streams side by side that attend the same keys are one block."""
+    blocks: list[Block] = []
+    ranges = dict(zip((s.name for s in streams), _runs(sizes), strict=True))
+    for seen, group in itertools.groupby(streams, lambda s: s.keys):
+        members = list(group)
+        mask = jnp.concatenate([s.mask for s in members], axis=1) if len(members) > 1 else members[0].mask
+        queries = (ranges[members[0].name][0], ranges[members[-1].name][1])
+        blocks.append(Block(mask, queries, keys=(keys[seen[0]][0], keys[seen[-1]][1])))
+    return tuple(blocks)
+
+
+def _kept(runs: Iterable[tuple[Range, Members | None]]) -> tuple[Kept, ...]:
+    return tuple(Kept(slots, members) for slots, members in runs)
+
+
+def _runs(sizes: list[int]) -> list[Range]:
+    """Runs of these sizes, one after the other."""
+    ends = list(itertools.accumulate(sizes))
+    return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def ar_positions(place: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,12 +24,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from janus_jax.config import ModelConfig
+from janus_jax.models.members import Members, pick
 from janus_jax.sharding import ROWS, TENSOR, constrain
 
 NORMAL = nn.initializers.normal(0.02)  # BERT's initialisation, for every matrix and table
 HIDDEN = jnp.finfo(jnp.float32).min  # finite: a row that sees nothing yields a mean, not NaN
 
-KeysValues = tuple[jax.Array, jax.Array]  # each [.., length, H, K]
+KeysValues = tuple[jax.Array, jax.Array]  # each [.., H, length, K], as attention reads them
 Range = tuple[int, int]  # start and end of a run of slots
 
 
@@ -42,32 +44,72 @@ class Block:
 
 
 @struct.dataclass
+class Kept:
+    """A run of slots that is computed further: all of it, or what it holds at the places in M."""
+
+    slots: Range = struct.field(pytree_node=False)
+    members: Members | None = None
+
+
+@struct.dataclass
 class Plan:
-    """All self-attention of a decoder layer.  The blocks' queries cover the slots, in order."""
+    """All self-attention of a decoder layer.
+
+    Keys and values are those of all slots that come in; only the slots that are `kept` attend, in this
+    layer's blocks, and come out.  The blocks' queries cover the slots kept, in order.
+    """
 
     blocks: tuple[Block, ...]
     content: tuple[Range, ...] = struct.field(pytree_node=False)  # slots that give keys and values
+    kept: tuple[Kept, ...] | None = None  # None: all
+    enter: tuple[Kept, ...] | None = None  # of the slots embedded, those that enter the first layer
+    last: Plan | None = None  # of the last layer, where slots that nobody reads are keys and values alone
+
+
+def keep(x: jax.Array, kept: tuple[Kept, ...] | None) -> jax.Array:
+    """The slots of `x` [R, N, D] that are kept, side by side."""
+    if kept is None:
+        return x
+    runs = [(x[:, k.slots[0] : k.slots[1]], k.members) for k in kept]
+    chosen = [run if members is None else pick(run, members) for run, members in runs]
+    return constrain(jnp.concatenate(chosen, axis=1), ROWS)
 
 
 @struct.dataclass
 class LayerCache:
     """What a decoder layer keeps between decoding steps; stacked over layers outside."""
 
-    memory: KeysValues  # projected source, [B, S, H, K]
-    content: KeysValues | None = None  # projected AR content so far, [R, T, H, K]
+    memory: KeysValues  # projected source, [B, H, S, K]
+    content: KeysValues | None = None  # projected AR content so far, [B, P, H, K]: written place by place
+
+
+@struct.dataclass
+class Sight:
+    """What the slots of one decoding pass see: [new AR content | AR queries | a NAR canvas], each if any.
+
+    The new content is written to as many cells of the cache, in a row; AR slots see cells of the cache,
+    the canvas sees itself.
+    """
+
+    start: jax.Array  # [] or [B] int32, the cell of the first new content
+    cells: jax.Array  # [B or 1, AR slots, P] bool, the cells that each AR slot sees
+    canvas: jax.Array | None  # [B, 1, T] bool, the canvas slots that are not padding
+    content: int = struct.field(pytree_node=False)  # how many of the slots are new content
+    ar: int = struct.field(pytree_node=False)  # how many are new content or AR queries
+    kept: int = struct.field(pytree_node=False, default=0)  # slots from this one on attend and come out
 
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, drop: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """Scaled dot-product attention: [R, N, H, K], two of [R, S, H, K], [R or 1, N or 1, S] -> [R, N, H, K].
+    """Scaled dot-product attention: [R, N, H, K], two of [R, H, S, K], [R or 1, N or 1, S] -> [R, N, H, K].
 
     Scores and softmax are float32 whatever the inputs; `drop` is applied to the attention weights.
     """
-    scores = jnp.einsum("rnhk,rshk->rhns", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("rnhk,rhsk->rhns", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None], scores / q.shape[-1] ** 0.5, HIDDEN)
     weights = drop(jax.nn.softmax(scores, axis=-1).astype(v.dtype))
-    return jnp.einsum("rhns,rshk->rnhk", weights, v)
+    return jnp.einsum("rhns,rhsk->rnhk", weights, v)
 
 
 class Attention(nn.Module):
@@ -86,8 +128,9 @@ class Attention(nn.Module):
         return constrain(x.reshape(*x.shape[:-1], self.config.heads, -1), ROWS, None, TENSOR)
 
     def keys_values(self, x: jax.Array) -> KeysValues:
-        """[.., D] -> keys and values, [.., H, K] each."""
-        return self._heads(self.key(x)), self._heads(self.value(x))
+        """[.., S, D] -> keys and values, [.., H, S, K] each."""
+        k, v = (_by_head(self._heads(dense(x))) for dense in (self.key, self.value))
+        return k, v
 
     def queries(self, x: jax.Array) -> jax.Array:
         """[.., D] -> [.., H, K]."""
@@ -98,7 +141,7 @@ class Attention(nn.Module):
         return attend(q, *kv, mask, self.drop).reshape(*q.shape[:-2], -1)
 
     def __call__(self, x: jax.Array, kv: KeysValues, mask: jax.Array) -> jax.Array:
-        """[R, N, D] attends keys and values [R, S, H, K] under [R, 1 or N, S] -> [R, N, D]."""
+        """[R, N, D] attends keys and values [R, H, S, K] under [R, 1 or N, S] -> [R, N, D]."""
         return self.out(self.gather(self.queries(x), kv, mask))
 
 
@@ -125,9 +168,16 @@ class _Layer(nn.Module):
     config: ModelConfig
 
     def _residual(self, x: jax.Array, norm: nn.Module, f: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        if self.config.norm == "pre":
-            return constrain(x + self.drop(f(norm(x))), ROWS)
-        return constrain(norm(x + self.drop(f(x))), ROWS)
+        return self._leaving(x, norm, f(self._entering(x, norm)))
+
+    def _entering(self, x: jax.Array, norm: nn.Module) -> jax.Array:
+        """What a sub-layer is fed."""
+        return norm(x) if self.config.norm == "pre" else x
+
+    def _leaving(self, x: jax.Array, norm: nn.Module, found: jax.Array) -> jax.Array:
+        """`x` with what a sub-layer found."""
+        x = x + self.drop(found)
+        return constrain(x if self.config.norm == "pre" else norm(x), ROWS)
 
 
 class EncoderLayer(_Layer):
@@ -181,42 +231,42 @@ class DecoderLayer(_Layer):
         return self._rest(self._self_attention(x, plan), cache.memory, source_mask), None
 
     def step(
-        self, x: jax.Array, cache: LayerCache, shared: tuple[jax.Array, jax.Array]
+        self, x: jax.Array, cache: LayerCache, shared: tuple[Sight, jax.Array]
     ) -> tuple[jax.Array, KeysValues]:
-        """One AR step.  x: [R, 1 or 2, D], the content slot and, if any, the query slot.
+        """One decoding pass over cached content.  x: [B, N, D], its slots as `Sight` has them.
 
-        Only the content slot is cached, once: every slot attends the cached content up to `index`.
-        shared: index (int32 scalar, the slot's place), source mask [B, 1, S].
+        Only AR content is cached, once.  shared: the sight, source mask [B, 1, S].
         """
-        index, source_mask = shared
+        sight, source_mask = shared
         assert cache.content is not None
-        updated: list[KeysValues] = []
-
-        def attention(h: jax.Array) -> jax.Array:
-            new = self.attention.keys_values(h[:, :1])
-            kv = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), index, axis=1)
-                for old, fresh in zip(cache.content, new, strict=True)  # type: ignore[arg-type]
-            )
-            updated.append((kv[0], kv[1]))
-            seen = (jnp.arange(kv[0].shape[1]) <= index)[None, None, :]
-            return self.attention(h, updated[0], seen)
-
-        x = self._residual(x, self.attention_norm, attention)
-        return self._rest(x, cache.memory, source_mask), updated[0]
+        h = self._entering(x, self.attention_norm)
+        given = jnp.concatenate([h[:, : sight.content], h[:, sight.ar :]], axis=1)
+        k, v = self.attention.keys_values(given)
+        content = (
+            _write_cells(cache.content[0], _by_head(k[:, :, : sight.content]), sight.start),
+            _write_cells(cache.content[1], _by_head(v[:, :, : sight.content]), sight.start),
+        )
+        x, h = x[:, sight.kept :], h[:, sight.kept :]
+        q, ar = self.attention.queries(h), sight.ar - sight.kept
+        cached = (_by_head(content[0]), _by_head(content[1]))
+        seen = [self.attention.gather(q[:, :ar], cached, sight.cells[:, sight.kept :])]
+        if sight.canvas is not None:
+            own = (k[:, :, sight.content :], v[:, :, sight.content :])
+            seen.append(self.attention.gather(q[:, ar:], own, sight.canvas))
+        x = self._leaving(x, self.attention_norm, self.attention.out(jnp.concatenate(seen, axis=1)))
+        return self._rest(x, cache.memory, source_mask), content
 
     def _self_attention(self, x: jax.Array, plan: Plan) -> jax.Array:
-        def attention(h: jax.Array) -> jax.Array:
-            q = self.attention.queries(h)
-            content = [h[:, a:b] for a, b in plan.content]
-            k, v = self.attention.keys_values(jnp.concatenate(content, axis=1))
-            seen = []
-            for block in plan.blocks:
-                (qa, qb), (ka, kb) = block.queries, block.keys
-                seen.append(self.attention.gather(q[:, qa:qb], (k[:, ka:kb], v[:, ka:kb]), block.mask))
-            return self.attention.out(jnp.concatenate(seen, axis=1))
-
-        return self._residual(x, self.attention_norm, attention)
+        h = self._entering(x, self.attention_norm)
+        content = [h[:, a:b] for a, b in plan.content]
+        k, v = self.attention.keys_values(jnp.concatenate(content, axis=1))
+        x, h = keep(x, plan.kept), keep(h, plan.kept)
+        q = self.attention.queries(h)
+        seen = []
+        for block in plan.blocks:
+            (qa, qb), (ka, kb) = block.queries, block.keys
+            seen.append(self.attention.gather(q[:, qa:qb], (k[:, :, ka:kb], v[:, :, ka:kb]), block.mask))
+        return self._leaving(x, self.attention_norm, self.attention.out(jnp.concatenate(seen, axis=1)))
 
     def _rest(self, x: jax.Array, memory: KeysValues, source_mask: jax.Array) -> jax.Array:
         def cross(h: jax.Array) -> jax.Array:
@@ -246,6 +296,53 @@ def stack(layer: type[_Layer], config: ModelConfig, depth: int, methods: tuple[s
     )(config)
 
 
+def run_pruned(
+    layers: nn.Module,
+    method: str,
+    x: jax.Array,
+    by_layer: Any,
+    shared: tuple[Any, Any],
+    key: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    """As `method` of a `stack` of decoder layers, but the last layer is told something else than the others.
+
+    Another shape comes out of the last layer, so the scan ends before it, and the last one is applied with
+    its part of the same parameters.
+
+    Args:
+      layers: the bound stack, with its parameters.
+      method: of `DecoderLayer`.
+      x: [R, N, D].
+      by_layer: what differs by layer, each array [L, ..].
+      shared: what all layers but the last share, and what the last one is given.
+      key: of dropout, or None.
+
+    Returns:
+      The last layer's states, and what the layers found, stacked on a first axis [L, ...].
+    """
+    config: ModelConfig = layers.config  # type: ignore[attr-defined]
+    depth = config.decoder_layers
+    layer = DecoderLayer(config, parent=None)
+    keys = None if key is None else jax.random.split(key, depth)
+    stacked = (layers.variables["params"], keys, by_layer)
+
+    def apply(x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
+        params, key, here = own
+        rngs = None if key is None else {"dropout": key}
+        return layer.apply({"params": params}, x, here, shared, rngs=rngs, method=method)  # type: ignore[return-value]
+
+    if config.remat:
+        apply = jax.checkpoint(apply, prevent_cse=not config.scan_layers)
+    found = None
+    if depth > 1:
+        unroll = 1 if config.scan_layers else depth - 1
+        others = jax.tree.map(lambda a: a[:-1], stacked)
+        x, found = jax.lax.scan(lambda x, own: apply(x, own, shared[0]), x, others, unroll=unroll)
+    x, last = apply(x, jax.tree.map(lambda a: a[-1], stacked), shared[1])
+    one = jax.tree.map(lambda a: a[None], last)
+    return x, one if depth == 1 else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), found, one)
+
+
 def layer_norm(config: ModelConfig) -> nn.Module:
     """Layer norm over D, statistics in float32."""
     return nn.LayerNorm(epsilon=config.norm_eps, dtype=jnp.dtype(config.dtype))
@@ -258,6 +355,20 @@ def sinusoidal_positions(positions: jax.Array, dim: int) -> jax.Array:
     angles = positions[..., None].astype(jnp.float32) * rates
     rows = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(rows, [(0, 0)] * positions.ndim + [(0, dim % 2)])
+
+
+def _by_head(x: jax.Array) -> jax.Array:
+    """[.., S, H, K] <-> [.., H, S, K]."""
+    return jnp.swapaxes(x, -3, -2)
+
+
+def _write_cells(cache: jax.Array, fresh: jax.Array, start: jax.Array) -> jax.Array:
+    """`cache` [B, P, H, K] with `fresh` [B, n, H, K] from cell `start` ([] or [B]) on."""
+    fresh = fresh.astype(cache.dtype)
+    if start.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, fresh, start, axis=1)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    return jax.vmap(write)(cache, fresh, start)
 
 
 def _dropout(module: nn.Module, rate: float) -> Callable[[jax.Array], jax.Array]:

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Every benchmark in one call on a machine with an NVIDIA GPU, at bfloat16.
+#
+#   benchmarks/gpu.sh [OUT] [RUN]
+#
+# OUT (default runs/benchmarks-gpu) gets JSON, tables, pictures and one log for each part; RUN, a trained run, adds
+# the quality/speed curve.  Makes .venv-gpu (jax with CUDA) and .venv-peers first.  A part that fails is named at
+# the end with its reason, and the others go on.  CUDA=cuda13 chooses another build of jax; TORCH another torch.
+set -uo pipefail
+case "${1:-}" in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+cd "$(dirname "$0")/.." || exit 1
+out=${1:-runs/benchmarks-gpu} run=${2:-}
+venv=.venv-gpu
+python=$venv/bin/python
+mkdir -p "$out" || exit 1
+failed=()
+
+# part NAME COMMAND...: runs it with a log of its own, and remembers whether it failed.
+part() {
+  local name=$1
+  shift
+  echo "+ $*" >&2
+  if ! "$@" >"$out/$name.log" 2>&1; then failed+=("$name: $(tail -n 1 "$out/$name.log")"); fi
+}
+
+install() {
+  [ -e "$venv/.ready" ] && return
+  python3 -m venv "$venv" && "$python" -m pip install --quiet -e . "jax[${CUDA:-cuda12}]" && touch "$venv/.ready"
+}
+
+part install install
+part device "$python" -c 'import jax; d = jax.devices(); print(d); raise SystemExit(d[0].platform != "gpu" and f"no GPU: {d}")'
+if [ ${#failed[@]} = 0 ]; then
+  if [ -n "$run" ]; then part curve "$python" -m benchmarks.curve --workdir="$run" --output_dir="$out" --dtype=bfloat16; fi
+  part peers env PYTHON="$python" benchmarks/peers.sh --output_dir="$out" --dtype=bfloat16
+  part peers-base env PYTHON="$python" benchmarks/peers.sh --output_dir="$out/base" --size=base --dtype=bfloat16
+  part growth "$python" -m benchmarks.growth --output_dir="$out" --dtype=bfloat16
+  if [ -e benchmarks/step.py ]; then part step "$python" -m benchmarks.step --config.model.dtype=bfloat16; fi
+fi
+for reason in "${failed[@]}"; do echo "failed: $reason" >&2; done
+echo "written to $out" >&2
+[ ${#failed[@]} = 0 ]

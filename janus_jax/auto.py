@@ -1,0 +1,135 @@
+"""`--decode=auto`: the fastest way to decode, on the machine at hand, that keeps the quality asked for.
+
+Every way is tried once on dev sentences of the run: BLEU, and the time without compiling, of a whole batch
+and of a sentence at a time.  What was found is kept in <workdir>/auto.json by checkpoint and machine, so that
+the next start only reads it; delete the file to measure anew.
+
+Room: shell [disk, clock].
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console
+
+from janus_jax import mesh, report, score
+from janus_jax.data.sources import open_split
+from janus_jax.run import Run
+from janus_jax.translator import Translator
+
+FILE = "auto.json"
+KEEP = 0.98
+SENTENCES, ALONE = 200, 32  # dev sentences decoded in batches, and of them one at a time
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode, and what it gave here."""
+
+    decode: str
+    options: dict[str, Any] = field(default_factory=dict)
+    bleu: float = 0.0  # on dev sentences
+    sentences_per_s: float = 0.0  # in batches
+    alone_per_s: float = 0.0  # one sentence at a time
+
+    @property
+    def name(self) -> str:
+        """`nar iterations=4 candidates=3`."""
+        return " ".join((self.decode, *(f"{k}={v}" for k, v in self.options.items())))
+
+    def speed(self, batch_size: int | None) -> float:
+        """Sentences a second at (about) this batch size."""
+        return self.alone_per_s if batch_size == 1 else self.sentences_per_s
+
+
+WAYS = (
+    Way("nar", {"iterations": 1, "candidates": 1}),
+    Way("nar", {"iterations": 2, "candidates": 3, "rescore": True}),
+    Way("nar", {"iterations": 4, "candidates": 1}),
+    Way("nar", {"iterations": 4, "candidates": 3, "rescore": True}),
+    Way("nar", {"iterations": 10, "candidates": 3, "rescore": True}),
+    Way("draft", {"draft_top_k": 3, "draft_margin": 1.0}),
+    Way("draft", {"draft_top_k": 1}),
+    Way("ar", {"beam": 1}),
+    Way("ar", {"beam": 5}),
+)
+
+
+def choose(opened: Run, translator: Translator, keep: float = KEEP, batch_size: int | None = None) -> Way:
+    """The fastest way with at least `keep` of the best BLEU; measures first where that was not done yet.
+
+    Args:
+      opened: the run, whose dev split is decoded.
+      translator: its model.
+      keep: the share of the best way's dev BLEU that is asked for, in (0, 1].
+      batch_size: of the decoding to come; 1 means that latency counts.
+
+    Raises:
+      data.DataError: the run has no prepared dev split here.
+    """
+    console = Console(stderr=True)
+    here = _here(translator)
+    kept = _read(opened)
+    if here not in kept:
+        kept[here] = [asdict(way) for way in measure(opened, translator, console)]
+        report.write_json(opened.folder / FILE, kept)
+    ways = [Way(**way) for way in kept[here]]
+    chosen = pick(ways, keep, batch_size)
+    best = max(ways, key=lambda way: way.bleu)
+    times = chosen.speed(batch_size) / max(best.speed(batch_size), 1e-9)
+    console.print(
+        f"auto: {chosen.name}: dev BLEU {chosen.bleu:.2f} ({best.bleu:.2f} with {best.name}), "
+        f"{times:.2f} times as fast",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return chosen
+
+
+def pick(ways: list[Way], keep: float, batch_size: int | None = None) -> Way:
+    """The fastest of `ways` with at least `keep` of the best BLEU among them."""
+    enough = keep * max(way.bleu for way in ways)
+    return max((way for way in ways if way.bleu >= enough), key=lambda way: way.speed(batch_size))
+
+
+def measure(opened: Run, translator: Translator, console: Console) -> list[Way]:
+    """What each way that the model has gives on dev sentences, here and now."""
+    pairs = open_split(opened.config.data, opened.data_folder, opened.config.data.dev_split)
+    count = min(SENTENCES, len(pairs))
+    sources = [source for source, _ in itertools.islice(pairs, count)]
+    references = [pairs.references(i) for i in range(count)]
+    ways = [way for way in WAYS if way.decode in translator.modes]
+    measured = []
+    with report.progress(len(ways), "auto: measuring", unit="way", console=console) as progress:
+        for way in ways:
+            translator.decode(sources, way.decode, **way.options)  # compiles
+            found, took = translator.decode(sources, way.decode, **way.options)
+            translator.decode(sources[:ALONE], way.decode, batch_size=1, **way.options)
+            _, alone = translator.decode(sources[:ALONE], way.decode, batch_size=1, **way.options)
+            bleu = score.score([best.text for best, *_ in found], references).bleu
+            rates = took.speed()["sentences_per_s"], alone.speed()["sentences_per_s"]
+            measured.append(Way(way.decode, way.options, bleu, *rates))
+            progress.advance(way=way.name)
+    return measured
+
+
+def _here(translator: Translator) -> str:
+    """What a measurement holds for."""
+    machine = f"{os.cpu_count()} x {platform.machine()}"
+    return f"{translator.name}, {mesh.device_kind()}, {machine}, jax {report.versions()['jax']}"
+
+
+def _read(opened: Run) -> dict[str, Any]:
+    """What is kept; nothing where the file is missing or damaged, as it can be made anew."""
+    try:
+        found = json.loads((opened.folder / FILE).read_text(encoding="utf-8"))
+        return {name: ways for name, ways in found.items() if [Way(**way) for way in ways]}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}

@@ -1,0 +1,51 @@
+"""`--decode=auto`: the choice, and what is kept of the measurement."""
+
+import json
+import shutil
+
+import pytest
+
+from janus_jax import auto, run
+from janus_jax.auto import Way, pick
+from janus_jax.cli import main
+from janus_jax.translator import Translator
+
+WAYS = [
+    Way("nar", {"iterations": 1}, bleu=20.0, sentences_per_s=900.0, alone_per_s=90.0),
+    Way("draft", {}, bleu=30.0, sentences_per_s=300.0, alone_per_s=70.0),
+    Way("ar", {"beam": 1}, bleu=30.0, sentences_per_s=400.0, alone_per_s=60.0),
+    Way("ar", {"beam": 5}, bleu=31.0, sentences_per_s=100.0, alone_per_s=20.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("keep", "batch_size", "chosen"), [(0.5, None, 0), (0.9, None, 2), (0.9, 1, 1), (0.98, 8, 3), (1.0, 1, 3)]
+)
+def test_the_fastest_that_is_good_enough(keep, batch_size, chosen):
+    assert pick(WAYS, keep, batch_size) is WAYS[chosen]
+
+
+def test_measured_once_and_kept_by_machine(tiny_run, tmp_path, monkeypatch, capfd):
+    shutil.copytree(tiny_run.folder, tmp_path / "run")
+    opened = run.open_run(tmp_path / "run")
+    translator = Translator.from_run(opened.folder)
+    monkeypatch.setattr(auto, "WAYS", (Way("ar", {"beam": 1}), Way("draft"), Way("nar", {"iterations": 1})))
+    monkeypatch.setattr(auto, "SENTENCES", 3)
+    monkeypatch.setattr(auto, "ALONE", 2)
+    (opened.folder / auto.FILE).write_text("not JSON")  # can be made anew
+    first = auto.choose(opened, translator)
+    [(here, kept)] = json.loads((opened.folder / auto.FILE).read_text()).items()
+    assert "cpu" in here
+    assert [way["decode"] for way in kept] == ["ar", "draft", "nar"]
+    assert all(way["sentences_per_s"] > 0 and way["alone_per_s"] > 0 for way in kept)
+    assert kept[0]["bleu"] == kept[1]["bleu"]  # strict drafts write what greedy search writes
+    monkeypatch.setattr(auto, "measure", None)  # not again
+    assert auto.choose(opened, translator) == first
+    assert f"auto: {first.name}" in capfd.readouterr().err
+    source = tmp_path / "source"
+    source.write_text("Ein Hund.\n\n")
+    command = ["translate", f"--workdir={opened.folder}", f"--input={source}", f"--output={tmp_path / 'out'}"]
+    assert main([*command, "--decode=auto", "--keep=1"]) == 0
+    assert len((tmp_path / "out").read_text().splitlines()) == 2
+    assert main([*command, "--decode=ar", "--keep=1"]) == 2
+    assert "--keep is an option of --decode=auto" in capfd.readouterr().err

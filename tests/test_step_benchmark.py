@@ -1,0 +1,100 @@
+"""The systems that benchmarks/step.py times compute the same thing, and its command holds."""
+
+import functools
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import step as benchmark
+from janus_jax import bench, config, cost, losses, step
+
+CONFIG = config.from_dict(
+    {
+        "batch": {"buckets": [8], "tokens": 48, "mask_rate": 0.6},
+        "model": {
+            "vocab_size": 30,
+            "dim": 8,
+            "ffn": 12,
+            "heads": 2,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "max_positions": 8,
+            "max_length": 9,
+            "dropout": 0.0,
+        },
+        "loss": {"chunk": 16},
+    }
+)
+
+
+@functools.partial(jax.jit, static_argnames=("chosen", "objective"))
+def loss_and_gradient(params, batch, chosen, objective):
+    weights = losses.weights(batch["target"], batch["masked"], chosen.loss, chosen.model.ids)
+    return jax.value_and_grad(objective, has_aux=True)(params, batch, chosen, None, weights)
+
+
+def test_the_obvious_version_and_ours_have_one_loss_and_one_gradient():
+    """Those in between are compared in test_step.py."""
+    batch = next(bench.batches_of(CONFIG, None, 8, 1))
+    rng = np.random.default_rng(0)
+    params = jax.eval_shape(functools.partial(step.init_state, CONFIG)).params
+    params = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), params)
+    systems = benchmark.configurations(CONFIG)
+    expected = loss_and_gradient(params, batch, systems["separate"], benchmark.separate)
+    ours = loss_and_gradient(params, batch, systems["gathered"], step.objective)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, expected)
+
+
+def test_flops_fall_from_system_to_system():
+    systems = benchmark.configurations(CONFIG)
+    counted = [benchmark.flops(c, 6, 8, separately=name == "separate") for name, c in systems.items()]
+    assert counted[1] == cost.train_step(systems["one pass"], 6, 8).executed
+    assert all(a > b for a, b in itertools.pairwise(counted))
+
+
+def test_the_command_writes_what_it_measured(tmp_path, capsys):
+    path = tmp_path / "config.py"
+    values = {k: v for k, v in CONFIG.to_dict().items() if k in ("batch", "model", "loss")}
+    path.write_text(
+        "from janus_jax.config import from_dict, to_config_dict\n"
+        f"def get_config():\n    return to_config_dict(from_dict({values!r}))\n",
+        encoding="utf-8",
+    )
+    arguments = [f"--config={path}", "--config.model.decoder_layers=1", "--rounds=2", "--systems=AR"]
+    assert benchmark.main([*arguments, f"--json={tmp_path / 'step.json'}"]) == 0
+    found = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
+    assert list(found["systems"]) == ["separate", "AR"]
+    assert found["config"]["model"]["decoder_layers"] == 1
+    assert all(len(row["seconds"]) == 2 for row in found["systems"].values())
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in found["systems"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length=7"], "--length must be one of batch.buckets"),
+        (["--config=nowhere.py"], "nowhere.py"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(arguments, message, capsys):
+    assert benchmark.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.model.dmi=3", "did you mean 'model.dim'?"),
+        ("--rouns=3", "unknown argument '--rouns=3'"),
+        ("--rounds=0", "at least 1"),
+        ("--systems=fast", "no system 'fast'"),
+    ],
+)
+def test_a_wrong_argument_is_named(argument, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main([argument])
+    assert message in capsys.readouterr().err
