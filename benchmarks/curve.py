@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import common
-from janus_jax import mesh, report, run, score
+from janus_jax import mesh, plots, report, run, score
 from janus_jax.data.sources import open_split
 from janus_jax.paths import as_path
 from janus_jax.prepare import bring_data
@@ -303,7 +303,7 @@ def _publish(result: dict[str, Any], output: Path) -> None:
         ),
     ):
         drawn: Any = [{**point, key: value} for point, value in zip(points, values, strict=True)]
-        report.plot_quality_speed(drawn, output / file, f"{result['split']}, {heading}, {result['device']}")
+        plots.plot_quality_speed(drawn, output / file, f"{result['split']}, {heading}, {result['device']}")
         print(f"written: {output / file}")
 
 

@@ -233,11 +233,11 @@ def _export(args: argparse.Namespace, _: Overrides) -> int:
 
 
 def _plot(args: argparse.Namespace, _: Overrides) -> int:
-    from janus_jax import report
+    from janus_jax import plots, report
 
     runs = {str(folder): report.read_metrics(folder) for folder in args.workdir}
     path = args.output or args.workdir[0] / "training.png"
-    report.plot_training(runs if len(runs) > 1 else next(iter(runs.values())), path)
+    plots.plot_training(runs if len(runs) > 1 else next(iter(runs.values())), path)
     print(f"written: {path}")
     return 0
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from janus_jax import paths, report, run
+from janus_jax import paths, plots, report, run
 from janus_jax.config import Config
 from janus_jax.evaluate import Evaluation, evaluate
 from janus_jax.score import is_exact
@@ -82,7 +82,7 @@ def demo(config: Config, workdir: paths.Name, console: Console | None = None) ->
     print_sentences(sentences, console)
     picture = workdir / "refinement.png"
     title = f"One sentence in {len(refinement.history)} passes of mask-predict"
-    report.plot_refinement(refinement.history, picture, title, refinement.source, refinement.output)
+    plots.plot_refinement(refinement.history, picture, title, refinement.source, refinement.output)
     legend = f"\n{title}: · is a masked slot, [brackets] what the pass wrote\n"
     console.print(legend, markup=False, highlight=False)
     text = report.refinement_text(refinement.history, refinement.source, refinement.output)

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from janus_jax import mesh, processes, report, score
+from janus_jax import mesh, plots, processes, report, score
 from janus_jax.config import DecodeConfig
 from janus_jax.data.sources import open_split
 from janus_jax.paths import AnyPath
@@ -188,7 +188,7 @@ def draw_refinements(
         ]
         path = folder / f"refinement-{number}.png"
         folder.mkdir(parents=True, exist_ok=True)
-        report.plot_refinement(history, path, f"{len(passes)} passes of mask-predict", source, text)
+        plots.plot_refinement(history, path, f"{len(passes)} passes of mask-predict", source, text)
         drawn.append(path)
     return drawn
 

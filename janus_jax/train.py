@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from janus_jax import losses, mesh, paths, prepare, processes, report, run, score, sharding
+from janus_jax import losses, mesh, paths, plots, prepare, processes, report, run, score, sharding
 from janus_jax.batch import Batch
 from janus_jax.checkpoint import Checkpoints
 from janus_jax.config import Config, microbatches
@@ -82,7 +82,7 @@ def train(config: Config, workdir: paths.Name) -> int:
         ):
             code = _Training(opened, devices, checkpoints, stop).run()
     if processes.is_main():
-        report.plot_training(report.read_metrics(workdir), workdir / "training.png")
+        plots.plot_training(report.read_metrics(workdir), workdir / "training.png")
         print(f"training curves: {workdir / 'training.png'}")
     return code
 

@@ -32,7 +32,7 @@ ALLOWED = {
     "checkpoint": set(),
     "paths": set(),
     "report": {"paths"},
-    "plots": set(),
+    "plots": {"report", "paths"},
     "hlo": set(),
     "chips": set(),
     "cost": {"losses", "batch", "config"},

@@ -12,7 +12,7 @@ import time
 import pytest
 from fsspec.registry import _registry
 
-from janus_jax import checkpoint, cli, paths, report, run, train
+from janus_jax import checkpoint, cli, paths, plots, report, run, train
 from janus_jax.config import Config, ModelConfig
 from janus_jax.paths import LeaseError, PathError
 from janus_jax.text import Vocabulary
@@ -300,7 +300,7 @@ def test_files_and_pictures_are_written_in_one_piece(folder, store):
     with output(folder / "x.txt") as file:
         file.write(b"a\n")
         assert not (folder / "x.txt").exists()
-    report.plot_training(
+    plots.plot_training(
         [{"step": s, "kind": "train", "metrics": {"loss": 1 / s}} for s in (1, 2)], folder / "x.png"
     )
     assert sorted(p.name for p in folder.iterdir()) == ["x.json", "x.png", "x.txt"]

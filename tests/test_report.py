@@ -1,8 +1,7 @@
-"""Metric files that survive kill -9, output with and without a terminal, pictures without warnings."""
+"""Metric files that survive kill -9, output with and without a terminal."""
 
 import contextlib
 import io
-import itertools
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from janus_jax import report
+from janus_jax import plots, report
 from janus_jax.report import (
     MetricsWriter,
     ReportError,
@@ -24,9 +23,6 @@ from janus_jax.report import (
     commit,
     comparable,
     peak_memory,
-    plot_quality_speed,
-    plot_refinement,
-    plot_training,
     progress,
     read_metrics,
     refinement_text,
@@ -375,118 +371,9 @@ def test_unusable_histories_are_named(change, message, tmp_path):
     with pytest.raises(ReportError, match=message):
         refinement_text(history)
     with pytest.raises(ReportError, match=message):
-        plot_refinement(history, tmp_path / "x.png")
+        plots.plot_refinement(history, tmp_path / "x.png")
     with pytest.raises(ReportError, match="at least one pass"):
         refinement_text([])
-
-
-# -- pictures -----------------------------------------------------------------------------------------
-
-
-def _size(path):
-    """Width and height of a PNG, which must not be of one colour."""
-    import matplotlib.image
-
-    pixels = matplotlib.image.imread(path)
-    assert pixels.std() > 0.01
-    return pixels.shape[1], pixels.shape[0]
-
-
-def _row(step, kind, **metrics):
-    return {"step": step, "kind": kind, "metrics": metrics, "timing": {}}
-
-
-def test_training_curves_with_missing_terms_gaps_and_several_runs(tmp_path):
-    janus = [
-        _row(s, "train", loss=9 / s, nll_ar=5 / s, nll_nar=6 / s, kl_ar_aux=0.1, grad_norm=s)
-        for s in (1, 2, 3)
-    ]
-    janus += [
-        _row(2, "dev", nll_ar=3.0, bleu_ar=20.0, bleu_nar=None),
-        _row(3, "dev", bleu_ar=None, bleu_nar=9.0),
-    ]
-    janus += [_row(3, "train", loss=None, nll_ar=1.0, grad_norm=None), _row(3, "event", what="stopped")]
-    ar = [_row(1, "train", loss=4.0, nll_ar=4.0)]
-    plot_training({"janus $a$ 漢": janus, "ar": ar}, tmp_path / "both.png")
-    plot_training(ar, tmp_path / "ar.png")
-    plot_training([_row(0, "train", loss=0.0)], tmp_path / "one.svg")
-    assert _size(tmp_path / "both.png")[1] > _size(tmp_path / "ar.png")[1]
-    assert b"<svg" in (tmp_path / "one.svg").read_bytes()
-    with pytest.raises(ReportError, match="nothing to draw"):
-        plot_training([_row(1, "event", what="x")], tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
-
-
-def test_a_spike_does_not_flatten_a_curve():
-    low, high = report._robust_limits([1.0 + 0.01 * i for i in range(200)] + [1e6])
-    assert low < 1.0
-    assert 2.9 < high < 4
-    assert report._robust_limits([2.0])[0] < 2 < report._robust_limits([2.0])[1]
-
-
-@pytest.mark.parametrize("slots", [1, 5, 30])
-def test_refinement_picture_of_any_text(tmp_path, slots):
-    pieces = [
-        "▁the",
-        "s",
-        "▁Donaudampfschifffahrtsgesellschaftskapitän",
-        "🙂",
-        "漢字",
-        "$x_1$",
-        "\n",
-        "",
-        "\x00",
-    ]
-    final = [pieces[j % len(pieces)] for j in range(slots)]
-    text = "source 漢 $" + " word" * 80
-    plot_refinement(_history(final, 4), tmp_path / "r.png", title="A title 🙂", source=text, output="o" * 300)
-    width, height = _size(tmp_path / "r.png")
-    assert 900 < width < 2100
-    assert height < 2000
-
-
-def test_quality_speed_labels_do_not_overlap(tmp_path, monkeypatch):
-    notes = []
-    save = report._save
-
-    def spy(figure, path):
-        notes.extend(figure.axes[0].texts)
-        renderer = figure.canvas.get_renderer()
-        boxes = [n.get_window_extent(renderer) for n in notes]
-        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-        save(figure, path)
-
-    monkeypatch.setattr(report, "_save", spy)
-    near = [(20, 36.7), (21, 36.6), (22, 36.5), (60, 33.0), (61, 33.1), (150, 31.0), (400, 22.0)]
-    points = [
-        {"label": f"beam {i}", "group": "ab"[i % 2], "sentences_per_s": s, "bleu": b}
-        for i, (s, b) in enumerate(near)
-    ]
-    plot_quality_speed(points, tmp_path / "q.png", title="de→en")
-    assert len(notes) == len(points)
-    assert _size(tmp_path / "q.png")[0] > 900
-
-
-def test_quality_speed_takes_latency_and_names_what_is_missing(tmp_path):
-    point = {"label": "x", "group": "g", "bleu": 1.0}
-    plot_quality_speed([point | {"latency": 0.02}], tmp_path / "one.png")
-    for bad in ([], [point], [point | {"latency": 1.0}, point | {"sentences_per_s": 1.0}]):
-        with pytest.raises(ReportError, match="every point needs"):
-            plot_quality_speed(bad, tmp_path / "x.png")
-    with pytest.raises(ReportError, match="above 0"):
-        plot_quality_speed([point | {"latency": 0.0}], tmp_path / "x.png")
-    with pytest.raises(ReportError, match=r"use \.png"):
-        plot_quality_speed([point | {"latency": 1.0}], tmp_path / "x.nope")
-
-
-def test_confidence_colours_darken_evenly():
-    light = [report._luminance(report._confidence_colour(c / 10)) for c in range(11)]
-    assert all(a - b > 0.02 for a, b in itertools.pairwise(light))
-
-
-def test_pictures_are_imported_only_when_drawn():
-    code = "import sys, janus_jax.report; assert not {'matplotlib', 'tensorboardX', 'jax'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_silent_writer_leaves_no_trace(tmp_path, monkeypatch):
