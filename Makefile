@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test topology lint types clean
+.PHONY: demo test topology export-check lint types clean
 
 demo: $(READY)
 	$(BIN)/janus-jax demo --config=configs/demo.py --workdir=runs/demo
@@ -16,6 +16,10 @@ test: $(READY)
 # jax looks for a TPU at every start.
 topology: .venv-tpu/.ready
 	.venv-tpu/bin/python -m pytest -n 0 tests/tpu/topologies.py
+
+# An export needs jax, flatbuffers and sentencepiece, and nothing else of ours: run in a venv that has only these.
+export-check: .venv-bare/.ready
+	JANUS_JAX_BARE_PYTHON=$(abspath .venv-bare/bin/python) $(BIN)/python -m pytest -n 0 tests/test_export.py -k nothing_of_ours
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -30,6 +34,11 @@ types: $(READY)
 	.venv-tpu/bin/python -m pip install --quiet -e '.[dev,tpu]'
 	@touch $@
 
+.venv-bare/.ready: $(READY)
+	$(PYTHON) -m venv .venv-bare
+	.venv-bare/bin/python -m pip install --quiet "jax==$$($(BIN)/python -c 'import jax; print(jax.__version__)')" flatbuffers sentencepiece
+	@touch $@
+
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"janus-jax needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}: run make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -38,4 +47,4 @@ $(READY): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-tpu build *.egg-info
+	rm -rf $(VENV) .venv-tpu .venv-bare build *.egg-info

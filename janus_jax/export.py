@@ -176,8 +176,9 @@ def _write_programs(
         progress.advance()
         return f"{PROGRAMS}/{name}"
 
+    canvases = {n: _canvases(generator, config, n) if mode.remembers else [] for n in config.batch.buckets}
     entries = []
-    with report.progress(None, "export", unit="program") as progress:
+    with report.progress(sum(1 + len(c) for c in canvases.values()), "export", unit="program") as progress:
         for length in config.batch.buckets:
             most = max(1, generator.decode.tokens // (length * width))
             entry: dict[str, Any] = {"source": length, "rows": min(most, batch_size or most)}
@@ -195,7 +196,7 @@ def _write_programs(
                         memory,
                         lengths,
                     )
-                    for slots in _canvases(generator, config, length)
+                    for slots in canvases[length]
                 }
             else:
                 entry["whole"] = write(

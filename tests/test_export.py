@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import pathlib
@@ -48,7 +49,7 @@ runpy.run_path(path, run_name="__main__")
 """
 
 BUCKETS = (8, 24)
-LONG = "wort " * 50
+NAR = {"candidates": 2, "iterations": 2, "rescore": True}
 LINES = [
     "Ein Hund sieht den Ball.",
     "",
@@ -56,7 +57,7 @@ LINES = [
     " \t\u00a0",
     "Ein Mann malt den Fluss.",
     "q\0z 日本 \u2581\ue000 [M] </s>",
-    LONG,
+    "wort " * 50,
     "Der\r",
     "Hund Ball",
 ]
@@ -81,7 +82,7 @@ def translator(long_run):
 @pytest.fixture(scope="module")
 def nar(long_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nar") / "made" / "here"
-    export.export(long_run, folder, "nar", candidates=3)
+    export.export(long_run, folder, "nar", **NAR)
     return folder
 
 
@@ -103,24 +104,20 @@ def copy(ar, tmp_path):
 
 def same(folder, translator, decode, **options):
     ours, report = translator.decode(LINES, decode, **options)
-    cut = {}
+    cut = []
     loaded = Exported.load(folder)
-    texts = loaded.translate(LINES, on_cut=lambda line, tokens, kept: cut.update({line: (tokens, kept)}))
+    texts = loaded.translate(LINES, on_cut=lambda *found: cut.append(found))
     assert texts == [found[0].text for found in ours]
-    assert cut == {line: (tokens, kept) for line, tokens, kept in report.cut}
-    assert LINES.index(LONG) in cut
+    assert cut == report.cut != []
     scores = [best.score for best in loaded.decode_ids([loaded.encode(line) for line in LINES])]
     assert scores == pytest.approx([found[0].score for found in ours], abs=1e-5)
     return loaded
 
 
 def test_nar_writes_what_the_translator_writes(nar, translator):
-    loaded = same(nar, translator, "nar", candidates=3)
-    assert loaded.translate(LINES, batch_size=2) == loaded.translate(LINES)
+    loaded = same(nar, translator, "nar", **NAR)
     assert loaded.translate([]) == []
-    assert [Exported.load(nar).translate([line]) for line in LINES[:3]] == [
-        [x] for x in loaded.translate(LINES)[:3]
-    ]
+    assert loaded.translate(LINES[2:3]) == loaded.translate(LINES)[2:3]
 
 
 def test_drafts_write_what_greedy_search_writes(long_run, translator, tmp_path):
@@ -129,31 +126,17 @@ def test_drafts_write_what_greedy_search_writes(long_run, translator, tmp_path):
     assert loaded.translate(LINES) == translator(LINES, "ar", beam=1)
 
 
-def test_rescoring_is_part_of_the_export(long_run, translator, tmp_path):
-    export.export(
-        long_run, tmp_path / "x", "nar", platforms=["cpu"], candidates=2, iterations=2, rescore=True
-    )
-    same(tmp_path / "x", translator, "nar", candidates=2, iterations=2, rescore=True)
-
-
 def test_greedy_ar_writes_what_the_translator_writes(ar, translator):
     same(ar, translator, "ar", beam=1)
 
 
-def test_beam_search_writes_what_the_translator_writes(long_run, translator, tmp_path):
-    export.export(long_run, tmp_path / "x", "ar", platforms=["cpu"], beam=3, length_penalty=0.6)
-    same(tmp_path / "x", translator, "ar", beam=3, length_penalty=0.6)
-
-
-def test_computation_in_bfloat16(long_run, tmp_path):
-    model = dataclasses.replace(long_run.config.model, dtype="bfloat16", scan_layers=True)
-    batch = dataclasses.replace(long_run.config.batch, buckets=(24,))
-    config = dataclasses.replace(long_run.config, model=model, batch=batch)
-    folder = shutil.copytree(long_run.folder, tmp_path / "run")
+def test_beam_search_in_bfloat16_writes_what_the_translator_writes(tiny_run, tmp_path):
+    model = dataclasses.replace(tiny_run.config.model, dtype="bfloat16", scan_layers=True)
+    config = dataclasses.replace(tiny_run.config, model=model)
+    folder = shutil.copytree(tiny_run.folder, tmp_path / "run")
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    export.export(run.open_run(folder), tmp_path / "x", "nar", platforms=["cpu"], iterations=1)
-    expected = Translator.from_run(folder)(LINES, "nar", iterations=1)
-    assert Exported.load(tmp_path / "x").translate(LINES) == expected
+    export.export(run.open_run(folder), tmp_path / "x", "ar", platforms=["cpu"], length_penalty=0.6)
+    same(tmp_path / "x", Translator.from_run(folder), "ar", length_penalty=0.6)
 
 
 def test_ids_in_and_ids_out(ar, translator):
@@ -162,7 +145,7 @@ def test_ids_in_and_ids_out(ar, translator):
     source = vocabulary.encode(LINES[0])
     best, nothing = loaded.decode_ids([source, [1, 2]])
     assert nothing == ([], 0.0)
-    assert loaded.decode(best.ids) == translator([LINES[0]], "ar", beam=1)[0]
+    assert loaded.decode(best.ids) == loaded.translate([LINES[0]])[0] != ""
     assert not {0, 1, 2, 3, 4} & set(best.ids)
     for wrong in ([], [1], source[1:], source[:-1], [1, 300, 2], [1, -1, 2]):
         with pytest.raises(ExportedError, match=r"source 1 is no source .* begin with 1, end with 2"):
@@ -215,17 +198,15 @@ def bare(folder, data, *arguments, python=BARE_PYTHON):
 
 def test_load_py_runs_where_nothing_of_ours_is(nar, translator):
     data = "".join(f"{line}\n" for line in LINES).encode()
-    done = bare(nar, b"\xef\xbb\xbf" + data, "--batch_size=3")
+    done = bare(nar, b"\xef\xbb\xbf" + data)
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode() == "".join(f"{t}\n" for t in translator(LINES, "nar", candidates=3))
+    assert done.stdout.decode() == "".join(f"{t}\n" for t in translator(LINES, "nar", **NAR))
     assert "line 7: " in done.stderr.decode()
     assert "cut to the first 24" in done.stderr.decode()
 
 
 def run_main(folder, data, capsysbinary, monkeypatch, *arguments):
     """`python folder/load.py`, in this process."""
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     main = runpy.run_path(str(folder / "load.py"))["main"]
     code = main(list(arguments), folder)
@@ -286,16 +267,14 @@ def test_half_a_manifest(copy):
         Exported.load(copy)
 
 
-@pytest.mark.parametrize(
-    ("package", "remedy"), [("sentencepiece", "decode_ids"), ("flatbuffers", "jax reads")]
-)
-def test_a_package_that_is_missing(ar, package, remedy, monkeypatch):
+@pytest.mark.parametrize("package", ["sentencepiece", "flatbuffers"])
+def test_a_package_that_is_missing(ar, package, monkeypatch):
     hidden = [name for name in sys.modules if name.partition(".")[0] == package]
-    if package == "flatbuffers":  # which jax has imported by now
+    if package == "flatbuffers":  # jax imports it late, and once
         hidden.append("jax._src.export.serialization")
     for name in [*hidden, package]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ExportedError, match=rf"{remedy}.*|.*pip install {package}"):
+    with pytest.raises(ExportedError, match=rf"pip install {package}"):
         Exported.load(ar).translate(["Hund"])
 
 
@@ -309,7 +288,7 @@ def test_what_the_folder_holds(nar, translator):
     assert files >= {"load.py", "params.npz", "vocab.model", "vocab.json", "programs/remember-8.stablehlo"}
     assert (nar / "load.py").read_bytes() == pathlib.Path(exported.__file__).read_bytes()
     assert manifest["platforms"] == ["cpu", "cuda", "tpu"]
-    assert manifest["options"]["candidates"] == 3
+    assert manifest["options"]["candidates"] == 2
     assert [entry["source"] for entry in manifest["programs"]] == list(BUCKETS)
     assert [sorted(map(int, e["write"])) for e in manifest["programs"]] == [[8, 23], [8, 24, 47]]
     assert len(manifest["params"]) == len(jax.tree.leaves(translator.params))
