@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from janus_jax import cli, mesh, report
+from janus_jax import cli, mesh, plots, report
 
 T = TypeVar("T")
 
@@ -198,13 +198,13 @@ def plot_panels(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
 
     rows = -(-len(panels) // columns)
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    with matplotlib.style.context(["default", report.STYLE]):
+    with matplotlib.style.context(["default", plots.STYLE]):
         figure = Figure(figsize=(4.2 * columns, 3.0 * rows + 0.4), facecolor="white", layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=False):
             for name, points in panel.lines.items():
                 i = names.index(name)
-                look: Any = {"color": report.COLOURS[i % 7], "marker": report.MARKERS[i % 7]}
+                look: Any = {"color": plots.COLOURS[i % 7], "marker": plots.MARKERS[i % 7]}
                 axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2, markersize=4.5, **look)
             axes.set(xscale="log", yscale="log", title=panel.title, xlabel=panel.x, ylabel=panel.y)
             sizes = sorted({x for points in panel.lines.values() for x, _ in points})
