@@ -390,6 +390,7 @@ def plot_lines(
     xlabel: str,
     ylabel: str,
     ticks: Sequence[str] = (),
+    order: Sequence[str] = (),
 ) -> None:
     """Lines in panels side by side on one scale, with one legend.
 
@@ -399,6 +400,8 @@ def plot_lines(
       xlabel: below each panel.
       ylabel: left of the first.
       ticks: what x = 0, 1, ... are called, where x is no number.
+      order: labels in the order that colours are given in, so that several pictures agree; there may be
+        others, and labels without a line take their colour and are not in the legend.
 
     Raises:
       ReportError: no line has a point, or the file cannot be written.
@@ -407,7 +410,7 @@ def plot_lines(
     shown = {title: lines for title, lines in shown.items() if lines}
     if not shown:
         raise ReportError(f"nothing to draw in {path}: no line has a point")
-    labels = list(dict.fromkeys(s.label for lines in shown.values() for s in lines))
+    labels = list(dict.fromkeys([*order, *(s.label for lines in shown.values() for s in lines)]))
     handles: dict[str, Any] = {}
     with _style():
         figure = _figure(4.6 * len(shown) + 1.9, 4.0, layout="constrained")
@@ -429,9 +432,10 @@ def plot_lines(
             else:
                 axes.set_xlim(left=0)
         grid[0].set_ylabel(ylabel)
+        named = [label for label in labels if label in handles]
         figure.legend(
-            [handles[label] for label in labels],
-            [_drawable(label) for label in labels],
+            [handles[label] for label in named],
+            [_drawable(label) for label in named],
             loc="outside right upper",
         )
         _save(figure, path)

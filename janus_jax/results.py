@@ -29,6 +29,7 @@ from janus_jax.tables import Evaluated, Judged, Speeds, Table, Trained, Versus
 
 MARKS = ("config.json", report.METRICS_FILE, "checkpoints")  # any of them makes a folder a run directory
 WRITTEN = ("table.md", "table.csv", "report.html")
+FEWEST = 10  # sentences of a length bucket that is drawn; the table has all
 DEPTH = 4  # folders between the one that is given and a run
 
 
@@ -285,7 +286,8 @@ def _pictures(
             title = "AR (greedy)" if side == "ar" else "NAR"
             curves[title].append(plots.Series(row, curve, faint=run.name not in alike))
     if any(curves.values()):
-        plots.plot_lines(curves, place("learning", "BLEU on dev by updates"), "updates", "BLEU on dev")
+        path = place("learning", "BLEU on dev by updates")
+        plots.plot_lines(curves, path, "updates", "BLEU on dev", order=list(judged.rows))
     labels = {way.name: way.label for way in tables.WAYS}
     ablated = tables.ablations(judged)
     if ablated:
@@ -314,19 +316,19 @@ def _pictures(
 
 
 def _draw_lengths(judged: Judged, labels: dict[str, str], place: Any, ablated: Any) -> None:
-    table = tables.by_length(judged)
-    if not table:
-        return
-    buckets = table.columns[2:]
-    names = [column.partition(" ")[0] for column in buckets]
+    sized = [(name, count) for name, count in tables.buckets(judged) if count >= FEWEST]
+    names = [name for name, _ in sized]
     panels: dict[str, list[plots.Series]] = {labels[way]: [] for way in tables.HEADLINES}
     for (row, way), curve in tables.length_curves(judged).items():
         if row not in ablated or row == tables.ABLATED:
-            points = [(float(names.index(b)), one.mean) for b, one in curve.items()]
+            points = [(float(names.index(b)), one.mean) for b, one in curve.items() if b in names]
             panels[labels[way]].append(plots.Series(row, points))
-    ticks = [column.replace(" ", "\n") for column in buckets]
+    ticks = [f"{name}\n({count})" for name, count in sized]
+    if not any(line.points for lines in panels.values() for line in lines):
+        return
     path = place("length", "BLEU by length of the reference (sentences)")
-    plots.plot_lines(panels, path, "tokens of the reference (sentences)", "BLEU", ticks)
+    order = list(judged.rows)
+    plots.plot_lines(panels, path, "tokens of the reference (sentences)", "BLEU", ticks, order)
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:

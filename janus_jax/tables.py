@@ -537,7 +537,7 @@ References = Callable[[Trained, Evaluated], Sequence[Sequence[str]]]
 
 
 def versus_baseline(judged: Judged, references: References, samples: int = SAMPLES) -> list[Versus]:
-    """Every way of every other run against the same way of the baseline, else against its best AR way.
+    """Every way of every other run against the same way of the baseline, else against its AR, beam 5 first.
 
     The baseline's run of the same seed is taken where there is one, else its first.
 
@@ -565,7 +565,8 @@ def _rival(
     same_seed = sorted(base, key=lambda b: b.config is None or run.config is None
                        or b.config.seed != run.config.seed)  # fmt: skip
     ways = {w.name: w for w in WAYS}
-    for name, candidate in itertools.product(dict.fromkeys((way.name, "ar-b5", "ar-b1")), same_seed):
+    rivals = ("ar-b1", "ar-b5") if way.decode == "draft" else ("ar-b5", "ar-b1")  # a draft writes greedy text
+    for name, candidate in itertools.product(dict.fromkeys((way.name, *rivals)), same_seed):
         if one := judged.evaluations.get((candidate.name, name)):
             return candidate, one, ways[name]
     return None
@@ -752,7 +753,7 @@ def details(judged: Judged, versus: Sequence[Versus]) -> Table:
         ]
     notes += [
         f"Difference, 95 % interval and p: paired bootstrap as sacreBLEU computes it, {n:,} resamples, "
-        "two-sided; with several seeds one for each."
+        "two-sided; with several seeds one for each.  Passes are those of the decoder, re-scoring one more."
         for n in sorted({v.found.samples for v in versus if v.found})
     ]
     note = "  ".join(notes)
@@ -762,15 +763,15 @@ def details(judged: Judged, versus: Sequence[Versus]) -> Table:
 def by_length(judged: Judged) -> Table | None:
     """BLEU by the length of the reference, for the headline ways."""
     curves = length_curves(judged)
-    buckets = _buckets(judged)
+    sized = buckets(judged)
     if not curves:
         return None
     labels = {way.name: way.label for way in WAYS}
     rows = tuple(
-        (row, labels[way], *(_number(curve.get(name), "{:.2f}") for name, _ in buckets))
+        (row, labels[way], *(_number(curve.get(name), "{:.2f}") for name, _ in sized))
         for (row, way), curve in curves.items()
     )
-    columns = ("row", "decoding", *(f"{name} ({count})" for name, count in buckets))
+    columns = ("row", "decoding", *(f"{name} ({count})" for name, count in sized))
     note = "Tokens of the reference (sentences): BLEU over the orders of n-grams that occur."
     return Table("BLEU by length of the reference", columns, rows, note, left=2)
 
@@ -781,7 +782,7 @@ def length_curves(judged: Judged) -> dict[tuple[str, str], dict[str, Spread]]:
     for row, way in itertools.product(judged.rows, HEADLINES):
         pairs = judged.of(row, way)
         curve = {}
-        for name, _ in _buckets(judged):
+        for name, _ in buckets(judged):
             values = [b["bleu"] for _, one in pairs for b in one.result["scores"]["by_length"]
                       if b["tokens"] == name]  # fmt: skip
             if one := spread(values):
@@ -791,7 +792,7 @@ def length_curves(judged: Judged) -> dict[tuple[str, str], dict[str, Spread]]:
     return found
 
 
-def _buckets(judged: Judged) -> list[tuple[str, int]]:
+def buckets(judged: Judged) -> list[tuple[str, int]]:
     """Names and sizes of the length buckets, the short ones first."""
     scores = [one.result["scores"] for one in judged.evaluations.values()]
     sizes = {b["tokens"]: b["sentences"] for s in scores for b in s["by_length"]}
