@@ -262,6 +262,19 @@ def _compile(args: argparse.Namespace, overrides: Overrides) -> int:
     )
 
 
+def _report(args: argparse.Namespace, _: Overrides) -> int:
+    from janus_jax import results
+
+    return results.report_on(
+        args.folder,
+        args.output,
+        baseline=args.baseline,
+        split=args.split,
+        samples=args.samples,
+        any_commit=args.any_commit,
+    )
+
+
 def _demo(args: argparse.Namespace, overrides: Overrides) -> int:
     config = resolve_config(args.config, args.workdir, overrides)
     from janus_jax import demo
@@ -436,6 +449,21 @@ reads    WORKDIR/metrics.jsonl; several runs, separated by commas, are laid over
 writes   WORKDIR/training.png (of the first), or the file named by --output (.png, .svg or .pdf)
 
   janus-jax plot --workdir=runs/janus,runs/ar --output=curves.svg
+"""
+
+REPORT = """\
+Make tables and pictures from the runs below a folder: scores, speed, cost of training, a paired bootstrap.
+
+reads    the run directories below FOLDER, however deep: one table for each folder that holds some.
+         A directory's name is that of its row; ROW-s1, ROW-s2 are seeds of ROW
+writes   FOLDER/table.md, table.csv, report.html (all in one file) and pictures, or the same in --output
+
+Runs that are unfinished, broken, of other settings or of another commit, and evaluations of another
+checkpoint, split, vocabulary, scorer or set of options, are set apart with the reason, never averaged in.
+What is missing is a blank.
+
+  janus-jax report runs/tables/multi30k
+  janus-jax report runs/tables/multi30k --baseline=cmlm --output=cmlm_report
 """
 
 DEMO = """\
@@ -692,6 +720,25 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="run directories",
     )
     flags_.add_argument("--output", type=as_path, metavar="FILE", help="the picture")
+    flags_ = verb("report", _report, REPORT)
+    flags_.add_argument("folder", type=as_path, metavar="FOLDER", help="where the run directories lie")
+    flags_.add_argument("--output", type=as_path, metavar="DIR", help="where to write (default: FOLDER)")
+    flags_.add_argument(
+        "--baseline", default="", metavar="ROW", help="the row that others are compared with (default: ar)"
+    )
+    flags_.add_argument("--split", default="", help="which evaluations (default: the runs' data.test_split)")
+    flags_.add_argument(
+        "--samples",
+        type=_positive,
+        default=1000,
+        metavar="N",
+        help="resamples of the paired bootstrap (default: 1000)",
+    )
+    flags_.add_argument(
+        "--any_commit",
+        action="store_true",
+        help="let runs and evaluations of different commits, or of changed checkouts, stand side by side",
+    )
     with_config("demo", _demo, DEMO)
     return top, verbs
 

@@ -1,4 +1,4 @@
-"""Pictures of runs: training curves, one sentence's refinement, quality over speed.
+"""Pictures of runs and tables: curves, one sentence's refinement, quality over speed, bars.
 
 matplotlib is imported when first used.  One look for all, in colours that everybody can tell apart; no
 pyplot, so no global state and no display.  The suffix of a file is its format (.png, .svg, .pdf).
@@ -368,6 +368,125 @@ def plot_quality_speed(points: Sequence[SpeedPoint], path: Path, title: str = ""
         colours = [COLOURS[groups.index(p["group"]) % len(COLOURS)] for p in points]
         _label_points(axes, [(s, p["bleu"]) for s, p in zip(speeds, points, strict=True)],
                       [_drawable(p["label"]) for p in points], colours)  # fmt: skip
+        _save(figure, path)
+
+
+# Colour and marker first, then the line: enough for as many rows as a table has.
+LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)))
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of `plot_lines`."""
+
+    label: str  # lines of one label look alike in all panels
+    points: Sequence[tuple[float, float]]
+    faint: bool = False  # not to be compared with the others: pale, and named so by its label
+
+
+def plot_lines(
+    panels: Mapping[str, Sequence[Series]],
+    path: Path,
+    xlabel: str,
+    ylabel: str,
+    ticks: Sequence[str] = (),
+    order: Sequence[str] = (),
+) -> None:
+    """Lines in panels side by side on one scale, with one legend.
+
+    Args:
+      panels: the lines, by the title of their panel; a panel without a line is left out.
+      path: the file.
+      xlabel: below each panel.
+      ylabel: left of the first.
+      ticks: what x = 0, 1, ... are called, where x is no number.
+      order: labels in the order that colours are given in, so that several pictures agree; there may be
+        others, and labels without a line take their colour and are not in the legend.
+
+    Raises:
+      ReportError: no line has a point, or the file cannot be written.
+    """
+    shown = {title: [s for s in lines if s.points] for title, lines in panels.items()}
+    shown = {title: lines for title, lines in shown.items() if lines}
+    if not shown:
+        raise ReportError(f"nothing to draw in {path}: no line has a point")
+    labels = list(dict.fromkeys([*order, *(s.label for lines in shown.values() for s in lines)]))
+    handles: dict[str, Any] = {}
+    with _style():
+        figure = _figure(4.6 * len(shown) + 1.9, 4.0, layout="constrained")
+        grid = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axes, (title, lines) in zip(grid, shown.items(), strict=True):
+            for one in lines:
+                i = labels.index(one.label)
+                look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "alpha": 0.45 if one.faint else 1}
+                look |= {
+                    "marker": MARKERS[i % len(MARKERS)],
+                    "linestyle": LINES[i // len(COLOURS) % len(LINES)],
+                }
+                (drawn,) = axes.plot(*zip(*one.points, strict=True), linewidth=1.3, markersize=3.8, **look)
+                handles.setdefault(one.label, drawn)
+            axes.set(title=title, xlabel=xlabel)
+            axes.grid(False, axis="x")
+            if ticks:
+                axes.set_xticks(range(len(ticks)), ticks)
+            else:
+                axes.set_xlim(left=0)
+        grid[0].set_ylabel(ylabel)
+        named = [label for label in labels if label in handles]
+        figure.legend(
+            [handles[label] for label in named],
+            [_drawable(label) for label in named],
+            loc="outside right upper",
+        )
+        _save(figure, path)
+
+
+def plot_bars(
+    groups: Mapping[str, Mapping[str, tuple[float, float | None]]], path: Path, reference: str, xlabel: str
+) -> None:
+    """How far each group lies from `reference`, a bar for each thing measured, the figure itself beside it.
+
+    Args:
+      groups: {group: {thing: (value, its standard deviation or None)}}; `reference` is one of them.
+      path: the file.
+      reference: the group that the others are drawn against.
+      xlabel: what the length of a bar is.
+
+    Raises:
+      ReportError: there is no `reference`, nothing beside it, or the file cannot be written.
+    """
+    others = [name for name in groups if name != reference]
+    if reference not in groups or not others:
+        raise ReportError(f"nothing to draw in {path}: it takes {reference!r} and another row")
+    base = groups[reference]
+    things = list(base)
+    with _style():
+        figure = _figure(4.0 * len(things) + 1.6, 0.34 * len(others) + 1.2, layout="constrained")
+        grid = figure.subplots(1, len(things), sharey=True, squeeze=False)[0]
+        for i, (axes, thing) in enumerate(zip(grid, things, strict=True)):
+            start = base[thing][0]
+            found = {j: groups[n][thing] for j, n in enumerate(others) if thing in groups[n]}
+            lengths = [value - start for value, _ in found.values()]
+            reach = max(map(abs, lengths), default=0) or 1.0
+            axes.barh(list(found), lengths, height=0.62, color=COLOURS[i % len(COLOURS)])
+            axes.axvline(0, color=INK, linewidth=0.9)
+            for j, (value, deviation) in found.items():
+                length, spread = value - start, deviation or 0.0
+                if deviation:
+                    axes.errorbar(length, j, xerr=deviation, color=INK, linewidth=1, capsize=2.5)
+                end = length + math.copysign(spread + 0.03 * reach, length)
+                axes.text(end, j, f"{value:.1f} ({length:+.1f})", fontsize=7.5, color=GREY,
+                          va="center_baseline", ha="left" if length >= 0 else "right")  # fmt: skip
+            low, high = min(0.0, *lengths, 0.0), max(0.0, *lengths, 0.0)
+            room = 0.42 * (high - low or 1.0)  # for the figures
+            axes.set_xlim(
+                low - (room if low < 0 else 0.06 * reach), high + (room if high > 0 else 0.06 * reach)
+            )
+            axes.set_title(f"{_drawable(thing)}: {_drawable(reference)} {start:.1f}")
+            axes.set_xlabel(xlabel)
+            axes.grid(False, axis="y")
+            axes.set_yticks(range(len(others)), [_drawable(n) for n in others])
+        grid[0].invert_yaxis()
         _save(figure, path)
 
 
