@@ -153,7 +153,7 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
     paths.check_run(folder)
     if (folder / "config.json").exists():
         old = open_run(folder).config
-        fixed = {k: v for k, v in differences(old, config).items() if not _free(k, config)}
+        fixed = {k: v for k, v in differences(old, config).items() if not free(k, config)}
         if fixed:
             lines = "\n".join(
                 f"  {key}: {mine!r} there, {yours!r} asked for" for key, (mine, yours) in fixed.items()
@@ -200,7 +200,8 @@ def locked(folder: AnyPath, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def _free(key: str, config: Config) -> bool:
+def free(key: str, config: Config) -> bool:
+    """Whether `key` may change between two starts of a run of `config`."""
     if key == "train.steps" and config.optim.schedule == "polynomial":
         return False  # the schedule ends there
     return key in (*FREE, *FREE_MODEL) or key.startswith(FREE_SECTIONS)
