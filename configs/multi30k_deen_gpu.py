@@ -1,6 +1,6 @@
 """Multi30k, German to English, at the size that the field reports: for one GPU.
 
-    launch/tables/multi30k.sh FOLDER_OF_RAW_FILES runs/multi30k_gpu configs/multi30k_deen_gpu.py
+    launch/tables/multi30k.sh --scale=full --raw_dir=FOLDER_OF_RAW_FILES
 
 4+4 layers, D 256, dropout 0.3, some 100 epochs.  Not run yet: no GPU was at hand.
 """
