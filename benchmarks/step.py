@@ -193,7 +193,7 @@ def separate(
     def apply(key: jax.Array | None, **asked: bool) -> Any:
         rngs = None if key is None else {"dropout": key}
         arrays = (batch["source"], batch["target"], batch["masked"])
-        return model.apply({"params": params}, *arrays, rngs=rngs, **asked)
+        return model.apply({"params": params}, *arrays, rngs=rngs, turn=batch.get("turn"), **asked)
 
     left = apply(keys[0], ar=True, nar=False, aux=False)
     right = apply(keys[1], ar=False, nar=True, aux=need["aux"])
