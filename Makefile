@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test topology export-check lint types clean
+.PHONY: demo test tables topology export-check lint types clean
 
 demo: $(READY)
 	$(BIN)/janus-jax demo --config=configs/demo.py --workdir=runs/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The smoke table from beginning to end, then parts of it again, which must give the same figures.
+tables: $(READY)
+	$(BIN)/python -m pytest -n 0 tests/tables/smoke.py
 
 # Compiles for TPU topologies, which needs libtpu but no TPU.  A venv of its own: where libtpu is installed,
 # jax looks for a TPU at every start.

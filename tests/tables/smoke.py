@@ -1,0 +1,54 @@
+"""The smoke table from beginning to end: `make tables`.  Minutes, so no part of the suite.
+
+One command makes all of it; the same command again does nothing but report; and another run of some of its
+rows gives the same figures.
+"""
+
+import csv
+import os
+import pathlib
+import subprocess
+import sys
+
+from janus_jax.tables import TIMED, ways_of
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+OURS = ("XLA_FLAGS", "NPROC")  # what conftest sets for the suite, and no user has
+ROWS = {"ar_content": "ar", "ar": "ar", "rdrop": "rdrop", "cmlm": "cmlm", "janus": "janus", "no_aux": "janus"}
+
+
+def table(out, script, *options):
+    """Runs a script at scale smoke; its output, and the lines of its table without what the clock said."""
+    env = {name: value for name, value in os.environ.items() if name not in OURS}
+    env["PATH"] = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    words = [ROOT / "launch" / "tables" / script, "--scale=smoke", f"--out={out}", *options]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    print(script, *options, done.stdout.splitlines()[-1])
+    with open(out / "table.csv", encoding="utf-8", newline="") as file:
+        lines = [{k: v for k, v in line.items() if k not in TIMED} for line in csv.DictReader(file)]
+    return done.stdout, lines
+
+
+def test_the_smoke_table(tmp_path):
+    _, lines = table(tmp_path / "first", "multi30k.sh")
+    assert {(line["row"], line["way"]) for line in lines} == {
+        (row, way) for row, objective in ROWS.items() for way in ways_of(objective)
+    }
+    assert {line["status"] for line in lines} == {"ok"}
+    page = (tmp_path / "first" / "report.html").read_text("utf-8")
+    assert page.count("data:image/png;base64,") == 3
+    assert "Set apart" not in page
+    assert "Not evaluated" not in page
+
+    told, again = table(tmp_path / "first", "multi30k.sh")
+    assert "finished: 6 runs; left: 0 updates and 0 evaluations" in told
+    assert "+ janus-jax train" not in told
+    assert again == lines
+
+    rows = ("ar", "no_aux")
+    _, others = table(tmp_path / "second", "multi30k.sh", f"--rows={','.join(rows)}")
+    assert others == [line for line in lines if line["row"] in rows]
+
+    _, others = table(tmp_path / "third", "canlaw.sh", "--rows=ar")
+    assert {line["way"] for line in others} == set(ways_of("ar"))
