@@ -475,14 +475,14 @@ def plot_bars(
                 if deviation:
                     axes.errorbar(length, j, xerr=deviation, color=INK, linewidth=1, capsize=2.5)
                 end = length + math.copysign(spread + 0.03 * reach, length)
-                axes.text(end, j, f"{value:.1f} ({length:+.1f})", fontsize=7.5, color=GREY,
+                axes.text(end, j, f"{value:.2f} ({length:+.2f})", fontsize=7.5, color=GREY,
                           va="center_baseline", ha="left" if length >= 0 else "right")  # fmt: skip
             low, high = min(0.0, *lengths, 0.0), max(0.0, *lengths, 0.0)
             room = 0.42 * (high - low or 1.0)  # for the figures
             axes.set_xlim(
                 low - (room if low < 0 else 0.06 * reach), high + (room if high > 0 else 0.06 * reach)
             )
-            axes.set_title(f"{_drawable(thing)}: {_drawable(reference)} {start:.1f}")
+            axes.set_title(f"{_drawable(thing)}: {_drawable(reference)} {start:.2f}")
             axes.set_xlabel(xlabel)
             axes.grid(False, axis="y")
             axes.set_yticks(range(len(others)), [_drawable(n) for n in others])
