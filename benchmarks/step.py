@@ -1,4 +1,4 @@
-"""One update of JANUS, plain and fast, and of AR alone: `python benchmarks/step.py [--config=FILE]`.
+"""One update of JANUS, plain and fast, and of AR alone: `python -m benchmarks.step [--config=FILE]`.
 
 Every system is a whole update (loss, gradient, optimiser) on the same batch and from the same parameters, all
 in one process, one update of each in every round:
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import re
 import sys
 import time
 from pathlib import Path
@@ -32,11 +31,12 @@ import jax
 import numpy as np
 import optax
 
+from benchmarks import common
 from janus_jax import bench, cli, cost, losses, mesh, optim, report, run, step
-from janus_jax.config import Config, key_names, nearest_key
+from janus_jax.config import Config
 from janus_jax.models import Janus, Params
 
-PROGRAM = "benchmarks/step.py"
+PROGRAM = "benchmarks.step"
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "multi30k_deen.py"
 SYSTEMS = ("separate", "one pass", "chunked", "gathered", "AR")
 BASES = ("separate", "AR")  # what the others are compared with
@@ -55,7 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         "--length", type=int, metavar="T", help="one of batch.buckets (default: the middle one)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=15, metavar="N", help="updates of each system (default: 15)"
+        "--rounds",
+        type=common.at_least_one,
+        default=15,
+        metavar="N",
+        help="updates of each system (default: 15)",
     )
     parser.add_argument(
         "--systems",
@@ -65,38 +69,28 @@ def main(argv: list[str] | None = None) -> int:
         help="besides separate and AR (default: all)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
-    args, rest = parser.parse_known_args(argv)
-    found = [re.fullmatch(r"--config\.([\w.]+)=(.*)", argument) for argument in rest]
-    overrides = [(m[1], m[2]) for m in found if m]
-    for argument, match in zip(rest, found, strict=True):
-        if match and match[1] not in key_names():
-            near = nearest_key(match[1])
-            parser.error(f"unknown key {match[1]!r}" + (f"; did you mean {near!r}?" if near else ""))
-        if not match:
-            parser.error(
-                f"unknown argument {argument!r}; keys of the configuration are --config.any.key=value"
-            )
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {args.rounds}")
     try:
+        rest, overrides = cli.split_overrides(sys.argv[1:] if argv is None else argv)
+    except cli.UsageError as error:
+        parser.error(str(error))
+    args = parser.parse_args(rest)
+
+    def work() -> int:
         config = cli.resolve_config(
             args.config or (None if args.workdir else DEFAULT), args.workdir, overrides
         )
         length = args.length or bench.middle_bucket(config)
         if length not in config.batch.buckets:
-            raise cli.UsageError(
+            raise common.BenchmarkError(
                 f"--length must be one of batch.buckets {config.batch.buckets}, got {length}"
             )
         result = measure(config, args.workdir, length, args.rounds, args.systems)
         if args.json:
             report.write_json(args.json, result)
-    except Exception as error:
-        if (message := cli.explain(error)) is None:
-            raise
-        print(f"{PROGRAM}: error: {message}", file=sys.stderr)
-        return cli.EXIT_FAILED
-    show(result)
-    return 0
+        show(result)
+        return 0
+
+    return common.guarded(PROGRAM, work)
 
 
 def measure(
@@ -124,14 +118,13 @@ def measure(
             "flops_xla": float(analysis.get("flops", float("nan"))),
             "flops": flops(its, rows, length, separately=name == "separate"),
         }
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    order = list(systems)
-    for turn in range(rounds):
-        shift = turn % len(order)  # each round from another system on: what drifts, drifts for all
-        for name in order[shift:] + order[:shift]:
-            start = time.perf_counter()
-            jax.block_until_ready(compiled[name](state, batch))
-            seconds[name].append(time.perf_counter() - start)
+
+    def timed(name: str) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(compiled[name](state, batch))
+        return time.perf_counter() - start
+
+    seconds = common.interleaved({name: functools.partial(timed, name) for name in systems}, rounds)
     for name, row in found.items():
         row["seconds"] = seconds[name]
         row["median_s"] = float(np.median(seconds[name]))

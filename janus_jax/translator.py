@@ -257,7 +257,7 @@ class Translator:
 
 
 def modes_of(loss: LossConfig) -> tuple[str, ...]:
-    """What a model trained with this loss can decode: ("ar",), ("nar",) or both."""
+    """What a model trained with this loss can decode: "ar", "nar", or both and with them "draft"."""
     needed = losses.streams_needed(loss)
     return tuple(mode for mode in MODES if all(needed[side] for side in SIDES[mode]))
 

@@ -20,7 +20,6 @@ from janus_jax.decode.beam import (
     BeamOptions,
     BeamOptionsError,
     beam_search,
-    best_symbol,
     greedy_search,
     reorder_beams,
 )
@@ -286,15 +285,6 @@ def test_limits_are_brought_inside_the_slots():
     table = make_table(8, rows=3, seed=10, eos_bonus=-30.0)
     result = search(table, [0, -5, 99], BeamOptions(IDS, beam=2, max_length=5))
     assert result.lengths[:, 0].tolist() == [1, 1, 5]
-
-
-def test_the_best_symbol_is_the_first_of_the_best():
-    scores = np.array(
-        [[1.0, 3.0, 3.0], [-np.inf, -np.inf, -1.0], [-np.inf] * 3, [0.0, -0.0, -1.0]], np.float32
-    )
-    numbers, best = best_symbol(jnp.asarray(scores))
-    assert numbers.tolist() == [1, 2, 0, 0] == jnp.argmax(jnp.asarray(scores), axis=-1).tolist()
-    np.testing.assert_array_equal(best, scores.max(-1))
 
 
 @pytest.mark.parametrize("batch_axis", [0, 1])

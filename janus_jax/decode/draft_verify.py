@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from janus_jax.decode import beam, mask_predict
+from janus_jax.decode import beam, mask_predict, symbols
 from janus_jax.decode.beam import BeamOptions
 
 Look = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
@@ -132,8 +132,8 @@ def draft_and_verify(
         # Verify: symbol k of `said` is AR's for the place a + 1 + k, if the draft is right so far.
         last = texts.place[:, None] + steps >= limits[:, None] - 1
         admitted, log_z = beam.admit(logits, texts.place[:, None] + steps, last, options.search)
-        said, best = beam.best_symbol(admitted)
-        log_p = best - log_z
+        said, highest = symbols.best(admitted)
+        log_p = highest - log_z
         if block > 1:
             drafted = _of(admitted[:, :-1], texts.draft) - log_z[:, :-1]
             agrees = _agree(admitted[:, :-1], drafted, log_p[:, :-1], texts.draft, said[:, :-1], options)

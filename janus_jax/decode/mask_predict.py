@@ -24,7 +24,7 @@ rows need.  Automatic sharding gives the same results, one small reduction a pas
 
 Letters: B batch, N length candidates, T slots, D width of a state, V vocabulary, P passes, n length of
 one canvas.
-Room: pure core.  Imports config and decode only; knows no model; touches no file, no device, no clock.
+Room: pure core.  Imports config and symbols only; knows no model; touches no file, no device, no clock.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from janus_jax.config import SpecialIds
-from janus_jax.decode.beam import best_symbol
+from janus_jax.decode.symbols import allowed, best
 
 Look = Callable[[jax.Array], jax.Array]
 Project = Callable[[jax.Array], jax.Array]
@@ -303,26 +302,15 @@ def fill_slots(
         # Beyond the chosen ones: out of range, so that nothing is written.
         slots = jnp.where(start + jnp.arange(size) < count, slots, jnp.iinfo(slots.dtype).max)
         logits = project(jnp.take(flat, slots, axis=0, mode="clip")).astype(jnp.float32)
-        found, best = best_symbol(admit(logits, banned))
+        said = allowed(logits.shape[-1], banned, MaskPredictOptionsError)
+        found, highest = best(jnp.where(said, logits, -jnp.inf))
         symbols = symbols.at[slots].set(found, mode="drop")
-        log_p = best - jax.nn.logsumexp(logits, axis=-1)
+        log_p = highest - jax.nn.logsumexp(logits, axis=-1)
         return start + size, symbols, log_probs.at[slots].set(log_p, mode="drop")
 
     start = (jnp.int32(0), jnp.zeros(known, jnp.int32), jnp.zeros(known))
     _, symbols, log_probs = lax.while_loop(lambda carry: carry[0] < count, read, start)
     return symbols.reshape(shape), log_probs.reshape(shape)
-
-
-def admit(logits: jax.Array, banned: tuple[int, ...]) -> jax.Array:
-    """`logits` [..., V] with -inf for the banned symbols.
-
-    Raises:
-      MaskPredictOptionsError: a banned symbol outside the vocabulary.
-    """
-    vocabulary = logits.shape[-1]
-    if absent := sorted(set(banned) - set(range(vocabulary))):
-        raise MaskPredictOptionsError(f"banned symbols {absent} lie outside the vocabulary of {vocabulary}")
-    return jnp.where(np.isin(np.arange(vocabulary), banned), -jnp.inf, logits)
 
 
 def _blank_history(shape: tuple[int, ...], iterations: int) -> History:
