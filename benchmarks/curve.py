@@ -134,21 +134,35 @@ def curve(
 
     found: dict[str, dict[str, Any]] = {s.name: {"group": s.group, "label": s.label} for s in chosen}
     written: dict[str, list[str]] = {}
-    with report.progress(len(chosen) * (1 + rounds), "curve", unit="system") as progress:
+    bases = [s for s in (GREEDY, BEAM) if s in chosen]
+    groups = [list(g) for _, g in itertools.groupby((s for s in chosen if s not in bases), lambda s: s.group)]
+    timed: dict[str, list[Round]] = {s.name: [] for s in chosen}
+    beside: dict[str, dict[str, list[Round]]] = {}  # system -> base -> its rounds in the same group
+    turns = len(chosen) + rounds * sum(len(bases) + len(group) for group in groups or [[]])
+    with report.progress(turns, "curve", unit="system") as progress:
 
         def told(name: str, what: str) -> None:
             progress.advance(system=name, now=what)
 
-        for system in chosen:
-            written[system.name], found[system.name]["compile_s"] = _warm(
-                translator, system, sources, sentences, stream, found[system.name]
+        for group in groups or [[]]:  # as many as an engine keeps programs of, each beside both bases
+            translator = load(workdir, checkpoint, dtype)
+            for system in (*bases, *group):
+                text, seconds = _warm(translator, system, sources, sentences, stream, found[system.name])
+                if system.name not in written:
+                    written[system.name], found[system.name]["compile_s"] = text, seconds
+                    told(system.name, "scored")
+            here: dict[str, list[Round]] = common.interleaved(
+                {
+                    s.name: functools.partial(_round, translator, s, sources, sentences, stream)
+                    for s in (*bases, *group)
+                },
+                rounds,
+                advance=lambda name: told(name, "timed"),
             )
-            told(system.name, "scored")
-        timed: dict[str, list[Round]] = common.interleaved(
-            {s.name: functools.partial(_round, translator, s, sources, sentences, stream) for s in chosen},
-            rounds,
-            advance=lambda name: told(name, "timed"),
-        )
+            for name, its in here.items():
+                timed[name] += its
+            beside |= {s.name: {base.name: here[base.name] for base in bases} for s in group}
+    beside |= {s.name: {base.name: timed[base.name] for base in bases} for s in bases}
     for system in chosen:
         row = found[system.name]
         row["scores"] = score.score(written[system.name], references).to_dict()
@@ -156,9 +170,8 @@ def curve(
             same = [a == b for a, b in zip(written[system.name], written[GREEDY.name], strict=True)]
             row["equal_to_greedy"] = sum(same) / len(same)
         row |= _speed(timed[system.name])
-        for base in (GREEDY, BEAM):
-            if base.name in timed:
-                row[f"times_{base.label}"] = _speed_ups(timed[base.name], timed[system.name])
+        for base in bases:
+            row[f"times_{base.label}"] = _speed_ups(beside[system.name][base.name], timed[system.name])
         row["memory"] = None
     if memory:
         for system in chosen:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,10 @@ from jax.sharding import PartitionSpec
 from janus_jax import mesh, sharding
 from janus_jax.config import Config
 from janus_jax.generate import SPARE, Generator, memory_axes
+
+# Most programs kept.  On CPU each takes some 270 of the 65,530 memory maps that Linux grants a process;
+# beyond them LLVM cannot compile, and ends the process.
+KEPT = 160
 
 ROWS, WHOLE = PartitionSpec(sharding.ROWS), PartitionSpec()
 
@@ -57,7 +62,7 @@ class Engine:
         """Lays `params` on the devices of this process that `config.mesh` makes use of."""
         self._config = config
         self._mesh = mesh.local_mesh(config.mesh)
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._compiled: OrderedDict[tuple[Any, ...], Any] = OrderedDict()  # the last used at the end
         self.set_params(params)
 
     @property
@@ -92,18 +97,19 @@ class Engine:
         if decode == "draft":
             placed = (self._place(source), ROWS)
             (memory, lengths), slots = self._remember(generator, source, report, ROWS, spare=SPARE)
-            verify = functools.partial(generator.draft_and_verify, slots=slots)
+            verify = functools.partial(generator.doing("draft_and_verify").draft_and_verify, slots=slots)
             encoded = ((memory, memory_axes(ROWS)), (lengths, ROWS))
             drafted = self._call(verify, (slots,), report, placed, *encoded, out=ROWS)
             return jax.device_get((drafted.tokens, drafted.scores, drafted.passes))  # type: ignore[no-any-return]
         if decode == "ar":
-            result = self._call(generator.autoregressive, (), report, (self._place(source), ROWS), out=ROWS)
+            write = generator.doing("autoregressive").autoregressive
+            result = self._call(write, (), report, (self._place(source), ROWS), out=ROWS)
             tokens, scores = jax.device_get((result.tokens, result.scores))
             return tokens, scores, np.zeros(len(source), np.int32)
         (memory, lengths), slots = self._remember(generator, source, report, ROWS)
-        write = functools.partial(generator.non_autoregressive, slots=slots)
+        refine = functools.partial(generator.doing("non_autoregressive").non_autoregressive, slots=slots)
         args = ((memory, memory_axes(ROWS)), (lengths, ROWS))
-        _, result = self._call(write, (slots,), report, *args, out=ROWS)
+        _, result = self._call(refine, (slots,), report, *args, out=ROWS)
         tokens, scores, passes = jax.device_get((result.tokens, result.scores, result.passes))
         order = np.argsort(-scores, axis=1, kind="stable")  # of equals the first, as `choose` has it
         scores, passes = (np.take_along_axis(x, order, 1) for x in (scores, passes))
@@ -112,7 +118,9 @@ class Engine:
     def refine(self, generator: Generator, source: np.ndarray, report: Report) -> tuple[Any, Any]:
         """(choice, history) of mask-predict over one source [1, S], on the host."""
         (memory, lengths), slots = self._remember(generator, source, report, WHOLE)
-        write = functools.partial(generator.non_autoregressive, slots=slots, history=True)
+        write = functools.partial(
+            generator.doing("non_autoregressive").non_autoregressive, slots=slots, history=True
+        )
         choice, result = self._call(
             write, (slots, True), report, (memory, WHOLE), (lengths, WHOLE), out=WHOLE
         )
@@ -126,7 +134,8 @@ class Engine:
         Reading the lengths back costs one wait; the canvas is a bucket, so that shapes stay few.
         """
         placed = self._place(source) if rows == ROWS else jax.device_put(source, mesh.replicated(self._mesh))
-        found = self._call(generator.remember, (), report, (placed, rows), out=(memory_axes(rows), rows))
+        encode = generator.doing("remember").remember
+        found = self._call(encode, (), report, (placed, rows), out=(memory_axes(rows), rows))
         longest = int(jax.device_get(found[1]).max()) + spare
         most = generator.slots(source.shape[1]) + 1
         return found, min([b for b in self._config.batch.buckets if longest <= b < most], default=most)
@@ -155,5 +164,8 @@ class Engine:
             each = mesh.on_each_device(function, self._mesh, (WHOLE, *axes), out)
             self._compiled[full_key] = jax.jit(each).lower(self._params, *values).compile()
             report.compile_seconds += time.perf_counter() - start
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(full_key)
         report.shapes.add((*shapes[0], *key))
         return self._compiled[full_key](self._params, *values)

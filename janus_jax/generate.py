@@ -24,12 +24,32 @@ from janus_jax.models import ArCache, Janus, Memory, Params, empty_cache
 SPARE = draft_verify.SPARE  # slots of a draft's canvas beyond the predicted length
 
 
+# The options that each method of a Generator goes by; the others are nothing to its program.
+_LIMITS = ("max_length_a", "max_length_b")
+OPTIONS = {
+    "remember": ("candidates", *_LIMITS),
+    "autoregressive": ("beam", "length_penalty", "ban_unk", *_LIMITS),
+    "non_autoregressive": ("iterations", "early_stop", "rescore", "length_penalty", "ban_unk"),
+    "draft_and_verify": (
+        "draft_block", "draft_top_k", "draft_margin", "length_penalty", "ban_unk", *_LIMITS,
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Generator:
     """A model configuration and how to decode with it; hashable, hence static under jit."""
 
     model: ModelConfig
     decode: DecodeConfig
+
+    def doing(self, method: str) -> Generator:
+        """The same model with the options that `method` goes by, the others as by default.
+
+        Two that are equal in that compile to the same program.
+        """
+        used = {name: getattr(self.decode, name) for name in OPTIONS[method]}
+        return Generator(self.model, with_options(DecodeConfig(), **used))
 
     def remember(self, params: Params, source: jax.Array) -> tuple[Memory, jax.Array]:
         """Encodes [B, S] once -> (memory, candidate target lengths [B, G] with BOS and EOS)."""

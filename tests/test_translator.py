@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import janus_jax
-from janus_jax import losses, run
+from janus_jax import engine, losses, run
 from janus_jax.checkpoint import CheckpointError, NoCheckpointError
 from janus_jax.config import LossConfig
 from janus_jax.run import RunError
@@ -56,6 +56,26 @@ def test_drafting_writes_what_greedy_search_writes_in_no_more_passes(translator)
     expected, _ = translator.decode([*LINES, LONG], "ar", beam=1)
     assert [f[0].text for f in found] == [f[0].text for f in expected]
     assert 5 <= report.passes <= report.tokens + 5  # EOS of each is a symbol too
+
+
+def test_options_that_are_nothing_to_a_program_compile_none(translator):
+    translator(LINES, "nar", iterations=3)
+    before = len(translator._engine._compiled)
+    translator(LINES, "nar", iterations=3, beam=7, draft_block=3)
+    assert len(translator._engine._compiled) == before
+
+
+def test_no_more_programs_are_kept_than_a_process_can_hold(tiny_run, translator, monkeypatch):
+    params, _ = run.open_run(tiny_run.folder).params()
+    one = Translator(params, tiny_run.config, translator.vocabulary)
+    monkeypatch.setattr(engine, "KEPT", 2)
+    for beam in (1, 2, 3):
+        assert one(LINES[:1], "ar", beam=beam) == translator(LINES[:1], "ar", beam=beam)
+    kept = list(one._engine._compiled)
+    assert [key[0].decode.beam for key in kept] == [2, 3]
+    one(LINES[:1], "ar", beam=2)
+    one(LINES[:1], "ar", beam=4)
+    assert [key[0].decode.beam for key in one._engine._compiled] == [2, 4], "the one used longest ago goes"
 
 
 def test_report(translator):
