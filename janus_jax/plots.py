@@ -502,8 +502,25 @@ def _speed_axes(axes: Axes, measure: str, title: str, speeds: list[float], bleus
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("sentences per second" if measure == "sentences_per_s" else "seconds per sentence")
     axes.set_ylabel("BLEU")
-    axes.set_title(_drawable(title), fontsize=12, fontweight="bold", pad=24)
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=8, borderaxespad=0.2)
+    lines = _legend_above(axes)
+    axes.set_title(_drawable(title), fontsize=12, fontweight="bold", pad=6 + 18 * lines)
+
+
+def _legend_above(axes: Axes) -> int:
+    """Names the lines above the axes, in as few lines as fit the figure's width; how many those are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure: Any = axes.figure
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    names = axes.get_legend_handles_labels()[1]
+    box = axes.get_position()
+    for columns in range(len(names), 0, -1):
+        legend = axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=columns, borderaxespad=0.2)
+        if legend.get_window_extent(renderer).x1 <= figure.bbox.x1:
+            break
+    lines = -(-len(names) // columns)
+    axes.set_position((box.x0, box.y0, box.width, box.height - 0.055 * (lines - 1)))
+    return lines
 
 
 def _label_points(

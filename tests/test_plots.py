@@ -96,6 +96,26 @@ def test_quality_speed_labels_do_not_overlap(tmp_path, monkeypatch):
     assert _size(tmp_path / "q.png")[0] > 900
 
 
+def test_quality_speed_names_every_group_inside_the_picture(tmp_path, monkeypatch):
+    found = []
+    save = plots._save
+
+    def spy(figure, path):
+        box = figure.axes[0].get_legend().get_window_extent(figure.canvas.get_renderer())
+        found.append((box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, box.height))
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", spy)
+    for count in (2, 5, 8):
+        points = [
+            {"label": "x", "group": f"NAR, {i} candidates", "latency": 1.0 + i, "bleu": 20.0 + i}
+            for i in range(count)
+        ]
+        plot_quality_speed(points, tmp_path / "q.png", title="de→en")
+    assert [inside for inside, _ in found] == [True] * 3
+    assert found[2][1] > 1.5 * found[0][1], "in two lines"
+
+
 def test_quality_speed_takes_latency_and_names_what_is_missing(tmp_path):
     point = {"label": "x", "group": "g", "bleu": 1.0}
     plot_quality_speed([point | {"latency": 0.02}], tmp_path / "one.png")
