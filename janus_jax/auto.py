@@ -19,7 +19,9 @@ from typing import Any
 from rich.console import Console
 
 from janus_jax import mesh, report, score
+from janus_jax.data.lines import DataError
 from janus_jax.data.sources import open_split
+from janus_jax.prepare import bring_data
 from janus_jax.run import Run
 from janus_jax.translator import Translator
 
@@ -101,7 +103,14 @@ def pick(ways: list[Way], keep: float, batch_size: int | None = None) -> Way:
 
 def measure(opened: Run, translator: Translator, console: Console) -> list[Way]:
     """What each way that the model has gives on dev sentences, here and now."""
-    pairs = open_split(opened.config.data, opened.data_folder, opened.config.data.dev_split)
+    try:
+        bring_data(opened.config, opened.folder)
+        pairs = open_split(opened.config.data, opened.data_folder, opened.config.data.dev_split)
+    except DataError as error:
+        told = (
+            "--decode=auto measures on dev sentences of the run, which are not there; name a mode instead, or"
+        )
+        raise DataError(f"{told} bring them: {error}") from error
     count = min(SENTENCES, len(pairs))
     sources = [source for source, _ in itertools.islice(pairs, count)]
     references = [pairs.references(i) for i in range(count)]
