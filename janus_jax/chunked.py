@@ -59,6 +59,7 @@ def objective(
     ids: SpecialIds,
     *,
     weights: Mapping[str, jax.Array],
+    scale: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """All of the objective that needs logits over the vocabulary, that is all but the length loss.
 
@@ -72,6 +73,7 @@ def objective(
       config: objective, smoothing and `chunk`, the number of slots c whose logits exist at a time.
       ids: special ids.
       weights: of each term, over the whole global batch (`losses.weights`).
+      scale: of the KL terms (`losses.kl_scale`).
 
     Returns:
       (sum over terms of coefficient x sum / weight, {term: sum}), float32 scalars.  The first carries
@@ -92,7 +94,7 @@ def objective(
     slots = {"masked": masked, "tokens": tokens > 0, "unmasked": (tokens > 0) & ~masked}
     scales = {
         name: coefficient / jnp.maximum(weights[name], 1.0)
-        for name, coefficient in losses.coefficients(config).items()
+        for name, coefficient in losses.scaled(config, scale).items()
         if name != "length"
     }
     value, sums = _walk_all(

@@ -128,12 +128,12 @@ class LossConfig:
     kl_nar_aux: float = 1.0
     kl_ar_aux: float = 3.0
     kl_ar_nar: float = 1.0
+    kl_warmup: float = 0.0  # share of the updates over which these three rise from 0 to what they are above
     rdrop_alpha: float = 5.0  # objective rdrop: weight of its KL, as in the R-Drop paper
     chunk: int = 128  # slots whose logits exist at a time, on each device; 0: all of them (same numbers)
-    gather: bool = (
-        True  # the decoder computes only what the loss reads; False: every stream at every place in
-    )
-    # every layer (same numbers, but for the draws of dropout)
+    # The decoder computes only what the loss reads; False: every stream at every place in every layer
+    # (same numbers, but for the draws of dropout).
+    gather: bool = True
 
 
 @dataclass(frozen=True)
@@ -387,7 +387,7 @@ def _faults(c: Config) -> Iterator[str]:
     yield from at_least(0, "loss.ar", "loss.nar", "loss.aux", "loss.length", "loss.rdrop_alpha")
     yield from at_least(0, "loss.kl_nar_aux", "loss.kl_ar_aux", "loss.kl_ar_nar")
     yield from within(0, 1, "model.dropout", "model.attention_dropout", "model.activation_dropout")
-    yield from within(0, 1, "loss.label_smoothing", "optim.ema", "optim.b1", "optim.b2")
+    yield from within(0, 1, "loss.label_smoothing", "loss.kl_warmup", "optim.ema", "optim.b1", "optim.b2")
     if not 0 < c.batch.mask_rate <= 1:
         yield f"batch.mask_rate must lie in (0, 1], got {c.batch.mask_rate}"
     if not c.batch.span_mean > 0:

@@ -52,6 +52,25 @@ def coefficients(config: LossConfig) -> dict[str, float]:
     return {name: weight for name in names if (weight := getattr(config, name)) > 0}
 
 
+def kl_scale(config: LossConfig, step: jax.Array, steps: int) -> jax.Array | None:
+    """What the weights of the three KL terms are multiplied by at update `step` (from 0) of `steps`.
+
+    Rises in a straight line from 0 to 1 over the first `kl_warmup` of the updates, so that no side is held to
+    another that has learnt nothing yet.  None without a warm-up: the weights are those of the config.
+    """
+    if config.objective != "janus" or not config.kl_warmup:
+        return None
+    return jnp.minimum(step.astype(jnp.float32) / (config.kl_warmup * steps), 1.0)
+
+
+def scaled(config: LossConfig, scale: jax.Array | None) -> dict[str, jax.Array | float]:
+    """`coefficients`, those of the KL terms of `janus` times `scale`."""
+    found = coefficients(config)
+    if scale is None:
+        return dict(found)
+    return {name: c * scale if name in DIVERGENCES else c for name, c in found.items()}
+
+
 def streams_needed(config: LossConfig) -> dict[str, bool]:
     """Which distributions the objective reads: {'ar': bool, 'nar': bool, 'aux': bool}."""
     used = set(coefficients(config))
@@ -129,9 +148,12 @@ def terms(
     return found
 
 
-def total(found: Terms, config: LossConfig) -> jax.Array:
-    """The objective: coefficients times means.  A term of weight 0 (nothing masked) counts 0."""
-    parts = [coefficient * mean(found[name]) for name, coefficient in coefficients(config).items()]
+def total(found: Terms, config: LossConfig, scale: jax.Array | None = None) -> jax.Array:
+    """The objective: coefficients times means.  A term of weight 0 (nothing masked) counts 0.
+
+    `scale`: of the KL terms, see `kl_scale`.
+    """
+    parts = [coefficient * mean(found[name]) for name, coefficient in scaled(config, scale).items()]
     return jnp.sum(jnp.stack(parts))
 
 

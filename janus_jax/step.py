@@ -66,14 +66,16 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
 
     Returns:
       The next state and float32 scalars: `loss`, every term and nll, `grad_norm`, `lr`, `tokens`
-      (predicted target tokens), `masked` (share of them in M), `ok` (1 if applied), `skipped`.
+      (predicted target tokens), `masked` (share of them in M), `ok` (1 if applied), `skipped`; with
+      `loss.kl_warmup` `kl_scale`, what the weights of the KL terms in `loss` were multiplied by.
     """
     c = config
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     weights = losses.weights(batch["target"], batch["masked"], c.loss, c.model.ids)
+    scale = losses.kl_scale(c.loss, state.step, c.train.steps)
 
     def partial_loss(params: Params, part: Batch, part_key: jax.Array) -> tuple[jax.Array, Metrics]:
-        loss, sums = objective(params, part, c, part_key, weights)
+        loss, sums = objective(params, part, c, part_key, weights, scale)
         terms = {name: (value, weights[name.removeprefix("nll_")]) for name, value in sums.items()}
         return loss, {name: losses.mean(term) for name, term in terms.items()}
 
@@ -104,6 +106,7 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
     metrics = {
         "loss": loss,
         **found,
+        **({} if scale is None else {"kl_scale": scale}),
         "grad_norm": grad_norm,
         "lr": optim.schedule(c.optim, c.train.steps)(state.step),
         "tokens": tokens,
@@ -132,7 +135,12 @@ def eval_step(params: Params, batch: Batch, config: Config) -> losses.Terms:
 
 
 def objective(
-    params: Params, part: Batch, config: Config, key: jax.Array | None, weights: Metrics
+    params: Params,
+    part: Batch,
+    config: Config,
+    key: jax.Array | None,
+    weights: Metrics,
+    scale: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The loss of (a part of) a batch.
 
@@ -143,6 +151,7 @@ def objective(
         are the same.
       key: of dropout, which is on exactly when a key is given.
       weights: of each term, over the whole batch.
+      scale: of the KL terms (`losses.kl_scale`); None: 1.
 
     Returns:
       (sum over terms of coefficient x sum / weight, {term: sum over these rows}).  The gradient goes
@@ -153,7 +162,7 @@ def objective(
         found = losses.terms(_forward(params, part, config, key), target, masked, c, ids)
         sums = {name: value for name, (value, _) in found.items()}
         whole = {name: (value, weights[name.removeprefix("nll_")]) for name, value in sums.items()}
-        return losses.total(whole, c), sums
+        return losses.total(whole, c, scale), sums
     states = _forward(params, part, config, key, method="states")
     loss, sums = chunked.objective(
         {name: x for name in losses.CROSS_ENTROPIES if (x := getattr(states, name)) is not None},
@@ -164,6 +173,7 @@ def objective(
         c,
         ids,
         weights=weights,
+        scale=scale,
     )
     if "length" in weights:
         sums["length"] = losses.length_sum(states.length, target, ids)

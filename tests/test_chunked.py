@@ -53,7 +53,7 @@ def inputs(objective="janus", bias=True, dtype=jnp.float32):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def plain(states, projection, target, masked, config):
+def plain(states, projection, target, masked, config, scale=None):
     """((objective, sums), gradient) by way of all logits."""
     needed = losses.streams_needed(config)
 
@@ -61,20 +61,22 @@ def plain(states, projection, target, masked, config):
         logits = {n: project(projection, x) if needed[n] else None for n, x in states.items()}
         outputs = Outputs(**logits, length=jnp.zeros((target.shape[0], 4)))
         found = {k: v for k, v in losses.terms(outputs, target, masked, config, IDS).items() if k != "length"}
-        total = sum(c * losses.mean(found[n]) for n, c in losses.coefficients(config).items() if n in found)
+        total = sum(c * losses.mean(found[n]) for n, c in losses.scaled(config, scale).items() if n in found)
         return total, {name: value for name, (value, _) in found.items()}
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(states, projection)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def in_chunks(states, projection, target, masked, config):
+def in_chunks(states, projection, target, masked, config, scale=None):
     needed = losses.streams_needed(config)
 
     def loss(states, projection):
         read = {name: x for name, x in states.items() if needed[name]}
         weights = losses.weights(target, masked, config, IDS)
-        return chunked.objective(read, projection, project, target, masked, config, IDS, weights=weights)
+        return chunked.objective(
+            read, projection, project, target, masked, config, IDS, weights=weights, scale=scale
+        )
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(states, projection)
 
@@ -97,6 +99,14 @@ def test_the_numbers_are_those_of_the_plain_loss(batch, name):
     assert_same(
         in_chunks(states, projection, *batch, config), plain(states, projection, *batch, CONFIGS[name])
     )
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_the_kl_terms_scaled(batch, scale):
+    states, projection = inputs()
+    config = LossConfig(chunk=4, kl_warmup=0.5)
+    ours = in_chunks(states, projection, *batch, config, jnp.float32(scale))
+    assert_same(ours, plain(states, projection, *batch, config, jnp.float32(scale)))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 54, 1000])

@@ -97,6 +97,22 @@ def test_the_total_is_the_sum_of_the_coefficients_times_the_means(outputs, batch
     np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
+def test_the_kl_terms_rise_from_nothing(outputs, batch):
+    config = LossConfig(kl_warmup=0.25)
+    found = losses.terms(outputs, *batch, config, IDS)
+    means = {name: float(losses.mean(found[name])) for name in losses.coefficients(config)}
+    for step, scale in ((0, 0.0), (10, 0.4), (25, 1.0), (99, 1.0)):
+        at = losses.kl_scale(config, jnp.int32(step), 100)
+        np.testing.assert_allclose(at, scale, rtol=1e-6)
+        expected = sum(
+            c * means[name] * (scale if name in losses.DIVERGENCES else 1)
+            for name, c in losses.coefficients(config).items()
+        )
+        np.testing.assert_allclose(losses.total(found, config, at), expected, rtol=1e-5)
+    for other in (LossConfig(), LossConfig(kl_warmup=0.5, objective="rdrop")):
+        assert losses.kl_scale(other, jnp.int32(0), 100) is None
+
+
 def test_what_padding_and_fillers_predict_does_not_count(outputs, batch):
     target, masked = batch
     rng = np.random.default_rng(2)

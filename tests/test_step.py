@@ -95,6 +95,21 @@ def assert_unchanged(before, after):
 # What an update does not depend on -------------------------------------------------------------------
 
 
+def test_kl_weights_rise_over_the_first_updates(batch):
+    loss = dataclasses.replace(BASE.loss, kl_warmup=0.5)
+    config = dataclasses.replace(BASE, loss=loss, train=dataclasses.replace(BASE.train, steps=4))
+    state = init_state(config)
+    update = jax.jit(functools.partial(train_step, config=config))
+    for at, scale in enumerate((0.0, 0.5, 1.0, 1.0)):
+        state, metrics = update(state, batch)
+        assert float(metrics["kl_scale"]) == scale, at
+        total = sum(
+            c * metrics[name] * (scale if name in losses.DIVERGENCES else 1)
+            for name, c in losses.coefficients(loss).items()
+        )
+        np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+
+
 def test_the_metrics_of_an_update(updated, start, batch):
     state, metrics = updated
     terms = {*losses.coefficients(BASE.loss), "nll_ar", "nll_nar", "nll_aux"}

@@ -33,6 +33,16 @@ ROWS: dict[str, Row] = {
     "no_kl_nar_aux": Row("w_na = 0", {"loss.kl_nar_aux": 0.0}),
     "no_kl_ar_nar": Row("w_an = 0: the paper's picture", {"loss.kl_ar_nar": 0.0}),
     "kl_ar_aux_1": Row("w_aa = 1", {"loss.kl_ar_aux": 1.0}),
+    "kl_warmup": Row("KL weights rising from 0 over the first half", {"loss.kl_warmup": 0.5}),
+    "no_kl": Row(
+        "AR and NAR side by side, no AUX, no KL",
+        {
+            "loss.aux": 0.0,
+            "loss.kl_ar_aux": 0.0,
+            "loss.kl_nar_aux": 0.0,
+            "loss.kl_ar_nar": 0.0,
+        },
+    ),
     "figure": Row("AR positions as in the paper's picture", {"model.ar_positions": "figure"}),
     "aligned": Row("AR positions aligned", {"model.ar_positions": "aligned"}),
     "uniform": Row("mask sampler of CMLM", {"batch.sampler": "uniform"}),
