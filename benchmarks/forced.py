@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from janus_jax.config import ModelConfig
 from janus_jax.decode import beam, mask_predict
-from janus_jax.models import ArCache, Janus, Params, empty_cache
+from janus_jax.models import ArCache, Janus, Memory, Params, empty_cache
 
 
 @functools.partial(jax.jit, static_argnames=("model", "width", "length"))
@@ -55,13 +55,13 @@ def non_autoregressive(
     )
     lengths = jnp.full((source.shape[0], 1), length + 2)
 
-    def look(canvas: jax.Array) -> jax.Array:
+    def look(canvas: jax.Array, memory: Memory) -> jax.Array:
         return _apply(model, params, "nar_pass", canvas, memory)
 
     def project(states: jax.Array) -> jax.Array:
         return _apply(model, params, "logits", states)
 
-    return mask_predict.mask_predict(look, project, lengths, options).tokens[:, 0, 1:]
+    return mask_predict.mask_predict(look, project, memory, lengths, options).tokens[:, 0, 1:]
 
 
 def _apply(model: ModelConfig, params: Params, method: str, *args: object) -> Any:

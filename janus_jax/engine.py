@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,6 +55,14 @@ class Report:
         }
 
 
+class Written(NamedTuple):
+    """What a batch came to, on the host."""
+
+    tokens: np.ndarray  # [B, G, T] int32, best first
+    scores: np.ndarray  # [B, G] float32
+    passes: np.ndarray  # [B] int32, of the best; 0 for AR
+
+
 class Engine:
     """Parameters on all devices, and the compiled programs that decode with them."""
 
@@ -79,10 +87,16 @@ class Engine:
         """Other parameters of the same model; what is compiled stays."""
         self._params = jax.device_put(params, mesh.replicated(self._mesh))
 
-    def run(
+    def run(self, decode: str, generator: Generator, source: np.ndarray, report: Report) -> Written:
+        """`start`, and what it wrote."""
+        return self.start(decode, generator, source, report)()
+
+    def start(
         self, decode: str, generator: Generator, source: np.ndarray, report: Report
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Decodes a batch; compile time is added to `report`.
+    ) -> Callable[[], Written]:
+        """Sends a batch to the devices; compile time is added to `report`.
+
+        The devices work while the host goes on: to write down the batch before, and to send the next one.
 
         Args:
           decode: "ar", "nar" or "draft".
@@ -91,8 +105,7 @@ class Engine:
           report: gets compile time and shapes.
 
         Returns:
-          Tokens [B, G, T] int32 and scores [B, G] float32, best first, and the passes of the best [B]
-          (0 for AR).
+          A function that waits for the devices and gives what they wrote.
         """
         if decode == "draft":
             placed = (self._place(source), ROWS)
@@ -100,20 +113,24 @@ class Engine:
             verify = functools.partial(generator.doing("draft_and_verify").draft_and_verify, slots=slots)
             encoded = ((memory, memory_axes(ROWS)), (lengths, ROWS))
             drafted = self._call(verify, (slots,), report, placed, *encoded, out=ROWS)
-            return jax.device_get((drafted.tokens, drafted.scores, drafted.passes))  # type: ignore[no-any-return]
+            return lambda: Written(*jax.device_get((drafted.tokens, drafted.scores, drafted.passes)))
         if decode == "ar":
             write = generator.doing("autoregressive").autoregressive
             result = self._call(write, (), report, (self._place(source), ROWS), out=ROWS)
-            tokens, scores = jax.device_get((result.tokens, result.scores))
-            return tokens, scores, np.zeros(len(source), np.int32)
+            no_passes = np.zeros(len(source), np.int32)
+            return lambda: Written(*jax.device_get((result.tokens, result.scores, no_passes)))
         (memory, lengths), slots = self._remember(generator, source, report, ROWS)
         refine = functools.partial(generator.doing("non_autoregressive").non_autoregressive, slots=slots)
         args = ((memory, memory_axes(ROWS)), (lengths, ROWS))
         _, result = self._call(refine, (slots,), report, *args, out=ROWS)
-        tokens, scores, passes = jax.device_get((result.tokens, result.scores, result.passes))
-        order = np.argsort(-scores, axis=1, kind="stable")  # of equals the first, as `choose` has it
-        scores, passes = (np.take_along_axis(x, order, 1) for x in (scores, passes))
-        return np.take_along_axis(tokens, order[..., None], 1), scores, passes[:, 0]
+
+        def best_first() -> Written:
+            tokens, scores, passes = jax.device_get((result.tokens, result.scores, result.passes))
+            order = np.argsort(-scores, axis=1, kind="stable")  # of equals the first, as `choose` has it
+            scores, passes = (np.take_along_axis(x, order, 1) for x in (scores, passes))
+            return Written(np.take_along_axis(tokens, order[..., None], 1), scores, passes[:, 0])
+
+        return best_first
 
     def refine(self, generator: Generator, source: np.ndarray, report: Report) -> tuple[Any, Any]:
         """(choice, history) of mask-predict over one source [1, S], on the host."""

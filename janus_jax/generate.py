@@ -10,6 +10,8 @@ Room: pure core.  Imports models, decode and config.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from janus_jax.config import DecodeConfig, ModelConfig
-from janus_jax.decode import beam, draft_verify, mask_predict
+from janus_jax.decode import beam, draft_verify, mask_predict, slots
 from janus_jax.models import ArCache, Janus, Memory, Params, empty_cache
 
 SPARE = draft_verify.SPARE  # slots of a draft's canvas beyond the predicted length
@@ -34,6 +36,15 @@ OPTIONS = {
         "draft_block", "draft_top_k", "draft_margin", "length_penalty", "ban_unk", *_LIMITS,
     ),
 }  # fmt: skip
+
+
+_State = tuple[ArCache, Memory]
+
+# Where B lies in what decoding remembers; numbers stand where arrays do.
+_BY_ROW: Any = 0
+_BY_LAYER: Any = 1
+MEMORY_AXES = Memory(layers=_BY_LAYER, mask=_BY_ROW, length_logits=_BY_ROW)
+STATE_AXES = (ArCache(content=_BY_LAYER, sources=_BY_ROW), MEMORY_AXES)
 
 
 @dataclass(frozen=True)
@@ -80,14 +91,16 @@ class Generator:
         memory, _ = self.remember(params, source)
         options = self._search(width, slots)
 
-        def step(tokens: jax.Array, index: jax.Array, cache: ArCache) -> tuple[jax.Array, ArCache]:
-            return self._apply(params, "ar_step", tokens, index, cache, memory)
+        def step(tokens: jax.Array, index: jax.Array, state: _State) -> tuple[jax.Array, _State]:
+            cache, memory = state
+            logits, cache = self._apply(params, "ar_step", tokens, index, cache, memory)
+            return logits, (cache, memory)
 
-        cache = empty_cache(self.model, source.shape[0], width, slots)
+        state = empty_cache(self.model, source.shape[0], width, slots), memory
         limits = self.limits(source)
         if width == 1:
-            return beam.greedy_search(step, cache, limits, options)
-        return beam.beam_search(step, cache, limits, options, reorder=ArCache.reorder)
+            return beam.greedy_search(step, state, limits, options, axes=STATE_AXES)
+        return beam.beam_search(step, state, limits, options, reorder=_reorder, axes=STATE_AXES)
 
     def draft(self, params: Params, source: jax.Array) -> draft_verify.DraftResult:
         """`draft_and_verify` of sources [B, S] in one program, on a canvas for the longest target."""
@@ -116,16 +129,17 @@ class Generator:
             margin=self.decode.draft_margin,
         )
 
-        def look(tokens: jax.Array, start: jax.Array, canvas: jax.Array, cache: ArCache) -> Any:
-            return self._apply(params, "draft_pass", tokens, start, canvas, cache, memory)
+        def look(tokens: jax.Array, start: jax.Array, canvas: jax.Array, state: _State) -> Any:
+            cache, memory = state
+            logits, states, cache = self._apply(params, "draft_pass", tokens, start, canvas, cache, memory)
+            return logits, states, (cache, memory)
 
-        def project(states: jax.Array) -> jax.Array:
-            return self._apply(params, "logits", states)
-
-        cache = empty_cache(self.model, source.shape[0], 1, most + block)
+        state = empty_cache(self.model, source.shape[0], 1, most + block), memory
         likeliest = lengths[:, lengths.shape[1] // 2]
         limits = self.limits(source)
-        return draft_verify.draft_and_verify(look, project, cache, likeliest, limits, options)
+        return draft_verify.draft_and_verify(
+            look, self._project(params), state, likeliest, limits, options, axes=STATE_AXES
+        )
 
     def non_autoregressive(
         self, params: Params, memory: Memory, lengths: jax.Array, slots: int, *, history: bool = False
@@ -149,13 +163,13 @@ class Generator:
             history=history,
         )
 
-        def look(canvas: jax.Array) -> jax.Array:
+        def look(canvas: jax.Array, memory: Memory) -> jax.Array:
             return self._apply(params, "nar_pass", canvas, memory)
 
-        def project(states: jax.Array) -> jax.Array:
-            return self._apply(params, "logits", states)
-
-        result = mask_predict.mask_predict(look, project, lengths, options)
+        # Without early stop all rows make the same passes, but for those with less to fill than passes: the
+        # programs of smaller batches would not earn their compilation.
+        axes = MEMORY_AXES if self.decode.early_stop else None
+        result = mask_predict.mask_predict(look, self._project(params), memory, lengths, options, axes=axes)
         if self.decode.rescore:
             result = result._replace(scores=self.rescore(params, memory, result.tokens))
         return mask_predict.choose(result), result
@@ -166,11 +180,10 @@ class Generator:
         Sum of log p, EOS counted, over length ** length_penalty: what the same model's beam search
         would have given them.
         """
-        logits = self._apply(params, "ar_pass", tokens, memory)
-        log_p = jax.nn.log_softmax(logits, axis=-1)
+        states = self._apply(params, "ar_pass", tokens, memory)
         real = (tokens != self.model.ids.pad).at[:, :, 0].set(False)  # BOS is given, not predicted
-        picked = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
-        return jnp.sum(picked * real, axis=-1) / jnp.sum(real, axis=-1) ** self.decode.length_penalty
+        log_p = slots.score(self._project(params), states, real, tokens)
+        return jnp.sum(log_p, axis=-1) / jnp.sum(real, axis=-1) ** self.decode.length_penalty
 
     def _search(self, width: int, slots: int) -> beam.BeamOptions:
         """What AR may say, in `slots` tokens at most."""
@@ -186,11 +199,20 @@ class Generator:
         """A method of the model with these parameters."""
         return Janus(self.model).apply({"params": params}, *args, method=method)
 
+    def _project(self, params: Params) -> Callable[[jax.Array], jax.Array]:
+        """States [.., D] -> logits [.., V]."""
+        return functools.partial(self._apply, params, "logits")
+
     def _banned(self, *, eos: bool) -> tuple[int, ...]:
         """Symbols that are no output: pad, bos, start, mask; unk by option; EOS where the length is given."""
         ids = self.model.ids
         never = {ids.pad, ids.bos, ids.start, ids.mask} | ({ids.unk} if self.decode.ban_unk else set())
         return tuple(sorted(never | {ids.eos} if eos else never - {ids.eos}))
+
+
+def _reorder(state: _State, parents: jax.Array) -> _State:
+    cache, memory = state
+    return cache.reorder(parents), memory
 
 
 def memory_axes(rows: PartitionSpec) -> Memory:

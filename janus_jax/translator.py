@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 
 from janus_jax import losses, processes, run
 from janus_jax.config import Config, ConfigError, DecodeConfig, LossConfig, ModelConfig, from_dict
-from janus_jax.engine import Engine, Report
+from janus_jax.engine import Engine, Report, Written
 from janus_jax.generate import Generator, with_options
 from janus_jax.models import init_params
 from janus_jax.text import Vocabulary, clean_line
@@ -34,6 +35,8 @@ MODES = ("ar", "nar", "draft")
 SIDES = {"ar": ("ar",), "nar": ("nar",), "draft": ("ar", "nar")}  # what each reads of a model
 WIDTH = {"ar": "beam", "nar": "candidates", "draft": ""}  # the option that says how many it writes
 PARTIAL = 8  # a batch that is not full is padded to 1/8, 1/64, .. of the rows, so that shapes stay few
+
+AHEAD = 1  # batches that the devices have while the host reads one
 
 
 class DecodeError(ValueError):
@@ -161,19 +164,28 @@ class Translator:
         found: list[list[Hypothesis]] = [[Hypothesis("", 0.0, 0)] for _ in lines]
         sources = self._encode(lines, report)
         on_batch(len(lines) - len(sources))
+        sent: deque[tuple[list[int], Callable[[], Written]]] = deque()
+
+        def write_down(chunk: list[int], wait: Callable[[], Written]) -> None:
+            written = wait()
+            for row, line in enumerate(chunk):
+                found[line] = self._read(written.tokens[row], written.scores[row], nbest)
+                report.tokens += found[line][0].tokens
+                report.passes += int(written.passes[row])
+            report.batches += 1
+            on_batch(len(chunk))
+
         for length, chunk in self._chunks(sources, width, generator, batch_size):
             rows = self._rows(len(chunk), self._most_rows(length, width, generator, batch_size))
             source = np.full((rows, length), generator.model.ids.pad, np.int32)
             for row in range(rows):
                 ids = sources[chunk[min(row, len(chunk) - 1)]]  # a filler row repeats the last sentence
                 source[row, : len(ids)] = ids
-            tokens, scores, passes = self._engine.run(decode, generator, source, report)
-            for row, line in enumerate(chunk):
-                found[line] = self._read(tokens[row], scores[row], nbest)
-                report.tokens += found[line][0].tokens
-                report.passes += int(passes[row])
-            report.batches += 1
-            on_batch(len(chunk))
+            sent.append((chunk, self._engine.start(decode, generator, source, report)))
+            if len(sent) > AHEAD:
+                write_down(*sent.popleft())
+        while sent:
+            write_down(*sent.popleft())
         report.seconds = time.perf_counter() - start - report.compile_seconds
         return found, report
 

@@ -295,13 +295,13 @@ def refine(params, source, config, candidates, options):
     memory = model.apply(variables, source, method="remember")
     lengths = candidate_lengths(memory.length_logits, candidates, min_length=2, max_length=config.max_length)
 
-    def look(canvas):
+    def look(canvas, memory):
         return model.apply(variables, canvas, memory, method="nar_pass")
 
     def project(states):
         return model.apply(variables, states, method="logits")
 
-    return lengths, mask_predict(look, project, lengths, options)
+    return lengths, mask_predict(look, project, memory, lengths, options)
 
 
 def run_nar(ref, loaded, batch, name, params):
@@ -417,6 +417,7 @@ def teacher_forced(params, source, target, config):
     cache = empty_cache(config, rows, 1, length)
     _, stepped = jax.lax.scan(step, cache, (jnp.arange(length), fed))
     whole = model.apply(variables, target[:, None], memory, method="ar_pass")
+    whole = model.apply(variables, whole, method="logits")
     return whole[:, 0], jnp.moveaxis(stepped[:, :, 0], 0, 1)
 
 

@@ -36,13 +36,13 @@ def slot_codes(tokens, xp):
     return (sums[..., None] * 7 + place * 13) % PRIME
 
 
-def fill(tokens):
+def fill(tokens, _):
     return jnp.asarray(TABLE)[slot_codes(tokens, jnp)]
 
 
 @functools.partial(jax.jit, static_argnames=("options", "fill"))
 def compiled(lengths, options, fill):
-    return mask_predict(fill, lambda logits: logits, lengths, options)
+    return mask_predict(fill, lambda logits: logits, None, lengths, options)
 
 
 def run(lengths=LENGTHS, fill=fill, **options):
@@ -128,9 +128,9 @@ def test_a_canvas_without_slots_or_with_one():
 def test_the_model_is_called_once_a_pass(iterations, calls):
     seen = []
 
-    def counted(tokens):
+    def counted(tokens, _):
         jax.debug.callback(lambda: seen.append(1))
-        return fill(tokens)
+        return fill(tokens, None)
 
     run(fill=counted, iterations=iterations, early_stop=False)
     jax.effects_barrier()
@@ -140,9 +140,9 @@ def test_the_model_is_called_once_a_pass(iterations, calls):
 def test_the_loop_ends_when_all_rows_have_stopped():
     seen = []
 
-    def counted(tokens):
+    def counted(tokens, _):
         jax.debug.callback(lambda: seen.append(1))
-        return fill(tokens)
+        return fill(tokens, None)
 
     result = run(LENGTHS[1:3], fill=counted, iterations=50)
     jax.effects_barrier()
@@ -171,7 +171,7 @@ def test_banned_symbols_are_never_emitted_and_a_mask_that_may_be_is_filled_again
     inside = (np.arange(T) > 0) & (np.arange(T) < LENGTHS[..., None] - 1)
     assert not np.isin(run(iterations=5).tokens[inside], BANNED).any()
 
-    def stubborn(tokens):  # wants the mask while any other slot is masked, then symbol 7
+    def stubborn(tokens, _):  # wants the mask while any other slot is masked, then symbol 7
         crowd = jnp.sum(tokens == IDS.mask, axis=-1, keepdims=True) > 1
         wish = jnp.where(crowd & (jnp.arange(T) == 1), IDS.mask, 7)
         return 5.0 * jax.nn.one_hot(wish, VOCABULARY)
@@ -183,7 +183,7 @@ def test_banned_symbols_are_never_emitted_and_a_mask_that_may_be_is_filled_again
 
 def test_a_banned_symbol_keeps_its_share_of_the_softmax():
     logits = jnp.zeros((1, 1, 4, VOCABULARY)).at[..., IDS.mask].set(9.0).at[..., 8].set(1.0)
-    result = run([[4]], fill=lambda tokens: logits, iterations=1, max_length=4)
+    result = run([[4]], fill=lambda tokens, _: logits, iterations=1, max_length=4)
     expected = 1 - np.log(np.exp(9) + np.exp(1) + VOCABULARY - 2)
     np.testing.assert_allclose(result.log_probs[0, 0], [0, expected, expected, 0], rtol=1e-5)
 
@@ -245,11 +245,11 @@ def test_one_compilation_per_shape():
 
     @functools.partial(jax.jit, static_argnames="options")
     def decode(lengths, options):
-        def counted(tokens):
+        def counted(tokens, nothing):
             traces.append(tokens.shape)
-            return fill(tokens)
+            return fill(tokens, nothing)
 
-        return mask_predict(counted, lambda logits: logits, lengths, options)
+        return mask_predict(counted, lambda logits: logits, None, lengths, options)
 
     decode(jnp.asarray(LENGTHS), MaskPredictOptions(IDS, max_length=T, iterations=4))
     once = len(traces)
@@ -333,7 +333,7 @@ def test_the_reference_predictions_lead_to_the_reference_history(golden, name):
         np.log(np.maximum(1 - p, 1e-30) / (vocabulary - 1)),
     )
 
-    def recorded(tokens):
+    def recorded(tokens, _):
         known = (jnp.asarray(asked) == tokens[:, 0]).all(-1)  # [P, rows]
         logits = jnp.asarray(answer, jnp.float32)[jnp.argmax(known, axis=0), jnp.arange(rows)]
         return jnp.where(known.any(0)[:, None, None], logits, jnp.nan)[:, None]

@@ -213,6 +213,7 @@ def all_ways(params, source, target, masked, config):
     cache = empty_cache(config, len(target), 1, length)
     _, stepped = jax.lax.scan(step, cache, (jnp.arange(length), fed))
     whole = model.apply(variables, target[:, None], memory, method="ar_pass")[:, 0]
+    whole = model.apply(variables, whole, method="logits")
     filled = model.apply(variables, canvas[:, None], memory, method="nar_pass")[:, 0]
     filled = model.apply(variables, filled, method="logits")
     return outputs, whole, jnp.moveaxis(stepped, 0, 1), filled, memory.length_logits

@@ -21,7 +21,7 @@ own sentences and none speaks to another.  Under automatic sharding results are 
 gathers the logits of all devices at every step.
 
 Letters: B batch, N beams, V vocabulary, L max_length, K candidate continuations.
-Room: pure core.  Imports config and symbols only; knows no model; touches no file, no device, no clock.
+Room: pure core.  Imports config, leaving and symbols; knows no model; touches no file, no device, no clock.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ import numpy as np
 from jax import lax
 
 from janus_jax.config import SpecialIds
+from janus_jax.decode.leaving import KEPT, SHARED, WITHIN, Rows, until_done, work
 from janus_jax.decode.symbols import allowed, best
 
 Step = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -127,6 +128,7 @@ class _Beams(NamedTuple):
     """State of the beam loop."""
 
     place: jax.Array  # [] int32, of the symbols fed next
+    limits: jax.Array  # [B] int32
     done: jax.Array  # [B] bool, sentences that accept no further hypothesis
     sums: jax.Array  # [B, N] summed log-probability of the open beams, best first; -inf where none
     tokens: jax.Array  # [B, N] int32, fed next
@@ -139,6 +141,7 @@ class _Greedy(NamedTuple):
     """State of the greedy loop."""
 
     place: jax.Array  # [] int32
+    limits: jax.Array  # [B] int32
     done: jax.Array  # [B] bool
     fed: jax.Array  # [B, 1] int32
     state: Any  # the model's
@@ -164,7 +167,13 @@ def reorder_beams(state: Any, parents: jax.Array, *, batch_axis: int = 0) -> Any
 
 
 def beam_search(
-    step: Step, state: Any, limits: jax.Array, options: BeamOptions, *, reorder: Reorder = reorder_beams
+    step: Step,
+    state: Any,
+    limits: jax.Array,
+    options: BeamOptions,
+    *,
+    reorder: Reorder = reorder_beams,
+    axes: Any = None,
 ) -> BeamResult:
     """The best hypotheses that a beam of N finds, for each sentence by itself (METHOD section 5).
 
@@ -176,6 +185,8 @@ def beam_search(
         Brought inside 1..max_length.
       options: static.
       reorder: (state, parents [B, N]) -> state, how slots follow the beams that they continue.
+      axes: where B lies in the leaves of `state`, ints in a prefix of its tree: then sentences that are done
+        leave the batch, and `step` must know of the sentences by `state` alone.
 
     Raises:
       BeamOptionsError: a banned symbol outside the vocabulary.
@@ -185,13 +196,14 @@ def beam_search(
 
     def advance(loop: _Beams) -> _Beams:
         logits, state = step(loop.tokens, loop.place, loop.state)
-        last = loop.place == limits - 1
+        last = loop.place == loop.limits - 1
         candidates = _expand(loop.sums, logits, loop.place, last, options)
         closed = _close(loop.closed, candidates, loop.place, loop.done, options)
         kept = _keep_open(candidates, options)
         chosen = _Trace(kept.tokens, kept.parents, kept.log_probs)
         return _Beams(
             place=loop.place + 1,
+            limits=loop.limits,
             done=loop.done | last | _ended(closed, kept.sums[:, 0], loop.place, options),
             sums=kept.sums,
             tokens=kept.tokens,
@@ -204,6 +216,7 @@ def beam_search(
     nothing = jnp.full((rows, beam), -jnp.inf)
     start = _Beams(
         place=jnp.int32(0),
+        limits=limits,
         done=jnp.zeros(rows, bool),
         sums=nothing.at[:, 0].set(0.0),  # all slots hold the same: one of them is open
         tokens=jnp.full((rows, beam), options.ids.start, jnp.int32),
@@ -213,11 +226,26 @@ def beam_search(
             integers((slots, rows, beam)), integers((slots, rows, beam)), jnp.zeros((slots, rows, beam))
         ),
     )
-    final = lax.while_loop(lambda loop: ~loop.done.all(), advance, start)
+    parts = None
+    if axes is not None:
+        by_place: Any = Rows(1)
+        parts = _Beams(
+            place=SHARED,
+            limits=WITHIN,
+            done=WITHIN,
+            sums=WITHIN,
+            tokens=WITHIN,
+            state=work(axes),
+            closed=KEPT,
+            trace=by_place,
+        )
+    final = until_done(advance, start, lambda beams: beams.done, parts)
     return _read_out(final.trace, final.closed, options)
 
 
-def greedy_search(step: Step, state: Any, limits: jax.Array, options: BeamOptions) -> BeamResult:
+def greedy_search(
+    step: Step, state: Any, limits: jax.Array, options: BeamOptions, *, axes: Any = None
+) -> BeamResult:
     """`beam_search` with one beam and early stop, number for number, without its bookkeeping.
 
     Args:
@@ -225,6 +253,7 @@ def greedy_search(step: Step, state: Any, limits: jax.Array, options: BeamOption
       state: as in `beam_search`.
       limits: as in `beam_search`.
       options: static; `beam` and `early_stop` are not used.
+      axes: as in `beam_search`.
 
     Returns:
       Result with N = 1.
@@ -234,7 +263,7 @@ def greedy_search(step: Step, state: Any, limits: jax.Array, options: BeamOption
 
     def advance(loop: _Greedy) -> _Greedy:
         logits, state = step(loop.fed, loop.place, loop.state)
-        last = loop.place == limits - 1
+        last = loop.place == loop.limits - 1
         admitted, log_z = admit(logits, loop.place, last, options)
         token, highest = best(admitted[:, 0])
         log_prob = highest - log_z[:, 0]
@@ -242,6 +271,7 @@ def greedy_search(step: Step, state: Any, limits: jax.Array, options: BeamOption
         ends = (token == ids.eos) & (sums > -jnp.inf) & ~loop.done
         return _Greedy(
             place=loop.place + 1,
+            limits=loop.limits,
             done=loop.done | ends | last | (sums == -jnp.inf),
             fed=token[:, None],
             state=state,
@@ -254,6 +284,7 @@ def greedy_search(step: Step, state: Any, limits: jax.Array, options: BeamOption
 
     start = _Greedy(
         place=jnp.int32(0),
+        limits=limits,
         done=jnp.zeros(rows, bool),
         fed=jnp.full((rows, 1), ids.start, jnp.int32),
         state=state,
@@ -263,7 +294,22 @@ def greedy_search(step: Step, state: Any, limits: jax.Array, options: BeamOption
         tokens=jnp.zeros((slots, rows), jnp.int32),
         log_probs=jnp.zeros((slots, rows)),
     )
-    final = lax.while_loop(lambda loop: ~loop.done.all(), advance, start)
+    parts = None
+    if axes is not None:
+        by_place: Any = Rows(1)
+        parts = _Greedy(
+            place=SHARED,
+            limits=WITHIN,
+            done=WITHIN,
+            fed=WITHIN,
+            state=work(axes),
+            sums=WITHIN,
+            scores=KEPT,
+            lengths=KEPT,
+            tokens=by_place,
+            log_probs=by_place,
+        )
+    final = until_done(advance, start, lambda texts: texts.done, parts)
     inside = jnp.arange(slots) < final.lengths[:, None]
     return BeamResult(
         tokens=jnp.where(inside, final.tokens.T, ids.pad)[:, None],

@@ -36,11 +36,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from janus_jax.decode import beam, mask_predict, symbols
+from janus_jax.decode import beam, symbols
+from janus_jax.decode import slots as some
 from janus_jax.decode.beam import BeamOptions
+from janus_jax.decode.leaving import KEPT, WITHIN, until_done, work
+from janus_jax.decode.slots import Project
 
 Look = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
-Project = Callable[[jax.Array], jax.Array]
 
 STRIDE = 3  # slots that a canvas grows by, beyond the next symbol, when the text outgrows it
 SPARE = 6  # slots that it may grow by in all
@@ -86,6 +88,8 @@ class DraftResult(NamedTuple):
 class _Texts(NamedTuple):
     """State of the loop."""
 
+    limits: jax.Array  # [B] int32
+    widest: jax.Array  # [B] int32, the longest that the canvas may become
     place: jax.Array  # [B] int32, a: the place of the last accepted symbol; 0 is the start
     done: jax.Array  # [B] bool
     ends: jax.Array  # [B] int32, length of the canvas, BOS and EOS counted
@@ -98,7 +102,14 @@ class _Texts(NamedTuple):
 
 
 def draft_and_verify(
-    look: Look, project: Project, state: Any, lengths: jax.Array, limits: jax.Array, options: DraftOptions
+    look: Look,
+    project: Project,
+    state: Any,
+    lengths: jax.Array,
+    limits: jax.Array,
+    options: DraftOptions,
+    *,
+    axes: Any = None,
 ) -> DraftResult:
     """The text that AR accepts, written in as few passes as the drafts are good for.
 
@@ -112,9 +123,11 @@ def draft_and_verify(
         on the canvas, T is nothing to the result.
       limits: [B] int32, most symbols of each sentence, EOS counted; brought inside 1..L.
       options: static.
+      axes: where B lies in the leaves of `state`, ints in a prefix of its tree: then sentences that are done
+        leave the batch, and `look` must know of the sentences by `state` alone.
 
     Raises:
-      beam.BeamOptionsError, mask_predict.MaskPredictOptionsError: a banned symbol outside the vocabulary.
+      beam.BeamOptionsError, DraftOptionsError: a banned symbol outside the vocabulary.
     """
     rows, block, ids = limits.shape[0], options.block, options.search.ids
     slots, most = options.canvas, options.search.max_length
@@ -130,7 +143,7 @@ def draft_and_verify(
         logits, states, state = look(fed, texts.place, canvas, texts.state)
 
         # Verify: symbol k of `said` is AR's for the place a + 1 + k, if the draft is right so far.
-        last = texts.place[:, None] + steps >= limits[:, None] - 1
+        last = texts.place[:, None] + steps >= texts.limits[:, None] - 1
         admitted, log_z = beam.admit(logits, texts.place[:, None] + steps, last, options.search)
         said, highest = symbols.best(admitted)
         log_p = highest - log_z
@@ -143,7 +156,7 @@ def draft_and_verify(
             said = jnp.where(kept, jnp.pad(texts.draft, pad), said)
             log_p = jnp.where(kept, jnp.pad(drafted, pad), log_p)
         else:
-            hits = jnp.zeros(rows, jnp.int32)
+            hits = jnp.zeros_like(texts.place)
         eos = said == ids.eos
         upto = jnp.minimum(hits, jnp.argmax(eos, axis=1) + jnp.where(eos.any(axis=1), 0, block))
         new = jnp.where(texts.done, 0, upto + 1)
@@ -156,16 +169,20 @@ def draft_and_verify(
             on_canvas = jnp.minimum(window, slots - 1)
             at = jnp.take_along_axis(states, on_canvas[..., None], axis=1)
             is_open = (window < texts.ends[:, None] - 1) & ~texts.done[:, None]
-            guesses, _ = mask_predict.fill_slots(project, at, is_open, options.banned)
+            guesses, _ = some.fill(project, at, is_open, options.banned, DraftOptionsError)
             beyond = jnp.where(window == texts.ends[:, None] - 1, ids.eos, ids.pad)
             guesses = jnp.where(is_open, guesses, beyond)
             draft = jax.vmap(lambda g, n: lax.dynamic_slice_in_dim(g, n, block - 1))(guesses, new)
         else:
             draft = texts.draft
         return _Texts(
+            limits=texts.limits,
+            widest=texts.widest,
             place=place,
             done=texts.done | ended,
-            ends=jnp.where(place + 1 >= texts.ends - 1, jnp.minimum(place + 2 + STRIDE, widest), texts.ends),
+            ends=jnp.where(
+                place + 1 >= texts.ends - 1, jnp.minimum(place + 2 + STRIDE, texts.widest), texts.ends
+            ),
             tokens=_append(texts.tokens, said, texts.place, new),
             log_probs=_append(texts.log_probs, log_p, texts.place, new),
             draft=jnp.where(texts.done[:, None], texts.draft, draft),
@@ -176,6 +193,8 @@ def draft_and_verify(
 
     zeros = jnp.zeros(rows, jnp.int32)
     start = _Texts(
+        limits=limits,
+        widest=widest,
         place=zeros,
         done=jnp.zeros(rows, bool),
         ends=lengths,
@@ -186,7 +205,22 @@ def draft_and_verify(
         accepted=zeros,
         state=state,
     )
-    final = lax.while_loop(lambda texts: ~texts.done.all(), advance, start)
+    parts = None
+    if axes is not None:
+        parts = _Texts(
+            limits=WITHIN,
+            widest=WITHIN,
+            place=KEPT,
+            done=WITHIN,
+            ends=WITHIN,
+            tokens=KEPT,
+            log_probs=KEPT,
+            draft=WITHIN,
+            passes=KEPT,
+            accepted=KEPT,
+            state=work(axes),
+        )
+    final = until_done(advance, start, lambda texts: texts.done, parts)
     inside = jnp.arange(most) < final.place[:, None]
     log_probs = jnp.where(inside, final.log_probs[:, 1 : most + 1], 0.0)
     return DraftResult(

@@ -1,6 +1,6 @@
 """Non-autoregressive decoding: all slots at once, then the least certain again (mask-predict).
 
-The model is two functions: `look(tokens [B, N, T]) -> states [B, N, T, D]` over whole canvases, and
+The model is two functions: `look(tokens [B, N, T], memory) -> states [B, N, T, D]` over whole canvases, and
 `project(states [.., D]) -> logits [.., V]`, which is asked for masked slots only, some at a time: no
 [B, N, T, V] is ever there.  A canvas of length n is BOS, n - 2 slots, EOS, then pad; N canvases a
 sentence try N lengths.  With P passes:
@@ -24,28 +24,25 @@ rows need.  Automatic sharding gives the same results, one small reduction a pas
 
 Letters: B batch, N length candidates, T slots, D width of a state, V vocabulary, P passes, n length of
 one canvas.
-Room: pure core.  Imports config and symbols only; knows no model; touches no file, no device, no clock.
+Room: pure core.  Imports config, leaving and slots; knows no model; touches no file, no device, no clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from janus_jax.config import SpecialIds
-from janus_jax.decode.symbols import allowed, best
+from janus_jax.decode import slots
+from janus_jax.decode.leaving import KEPT, SHARED, WITHIN, Rows, until_done, work
+from janus_jax.decode.slots import Project
 
-Look = Callable[[jax.Array], jax.Array]
-Project = Callable[[jax.Array], jax.Array]
-
-READ_AT_ONCE = 2048  # most slots whose logits exist at a time; a quarter of the canvas if that is less
-READ_AT_LEAST = 16
-READ_OF_ANY = 256  # where the number of rows is a symbol (`janus-jax export`)
+Look = Callable[[jax.Array, Any], jax.Array]
 
 EMPTY = 2  # length of a canvas without slots: BOS and EOS
 
@@ -110,6 +107,8 @@ class _Rows(NamedTuple):
     """State of the loop."""
 
     made: jax.Array  # [] int32, passes so far
+    memory: Any  # the model's
+    lengths: jax.Array  # [B, N] int32
     canvas: jax.Array  # [B, N, T] int32, with the masks that it fills
     tokens: jax.Array  # [B, N, T] int32, after the last pass; the result so far
     log_probs: jax.Array  # [B, N, T] float32
@@ -141,16 +140,25 @@ def candidate_lengths(
 
 
 def mask_predict(
-    look: Look, project: Project, lengths: jax.Array, options: MaskPredictOptions
+    look: Look,
+    project: Project,
+    memory: Any,
+    lengths: jax.Array,
+    options: MaskPredictOptions,
+    *,
+    axes: Any = None,
 ) -> MaskPredictResult:
     """Fill and refine a canvas of each given length (METHOD section 5).
 
     Args:
-      look: tokens [B, N, T] int32 -> states [B, N, T, D].
+      look: (tokens [B, N, T] int32, memory) -> states [B, N, T, D].
       project: states [.., D] -> logits [.., V]; softmax is taken here, in float32, before symbols are
         banned.
+      memory: what the model knows of the sources, a pytree.
       lengths: [B, N] int32, BOS and EOS counted; brought inside 2..T.
       options: static.
+      axes: where B lies in the leaves of `memory`, ints in a prefix of its tree: then sentences none of whose
+        rows goes on leave the batch, and `look` must know of the sentences by `memory` alone.
 
     Raises:
       MaskPredictOptionsError: a banned symbol outside the vocabulary.
@@ -161,11 +169,11 @@ def mask_predict(
     def advance(rows: _Rows) -> _Rows:
         stopped = rows.stopped[..., None]
         open_slots = (rows.canvas == options.ids.mask) & ~stopped
-        states = look(rows.canvas)
-        symbols, log_p = fill_slots(project, states, open_slots, options.banned)
+        states = look(rows.canvas, rows.memory)
+        symbols, log_p = slots.fill(project, states, open_slots, options.banned, MaskPredictOptionsError)
         tokens = jnp.where(open_slots, symbols, jnp.where(stopped, rows.tokens, rows.canvas))
         log_probs = jnp.where(open_slots, log_p, rows.log_probs)
-        remasked = least_certain(log_probs, lengths, rows.made, options.iterations) & ~stopped
+        remasked = least_certain(log_probs, rows.lengths, rows.made, options.iterations) & ~stopped
         canvas = jnp.where(remasked, options.ids.mask, tokens)
         passes = rows.passes + ~rows.stopped
         ends = rows.stopped | ~jnp.any(canvas == options.ids.mask, axis=-1)
@@ -175,11 +183,21 @@ def mask_predict(
         history = rows.history and jax.tree.map(
             lambda b, v: lax.dynamic_update_index_in_dim(b, v, rows.made, 0), rows.history, done
         )
-        return _Rows(rows.made + 1, canvas, tokens, log_probs, ends, passes, history)
+        return rows._replace(
+            made=rows.made + 1,
+            canvas=canvas,
+            tokens=tokens,
+            log_probs=log_probs,
+            stopped=ends,
+            passes=passes,
+            history=history,
+        )
 
     zeros = jnp.zeros(canvas.shape, jnp.float32)
     start = _Rows(
         made=jnp.int32(0),
+        memory=memory,
+        lengths=lengths,
         canvas=canvas,
         tokens=canvas,
         log_probs=zeros,
@@ -187,8 +205,26 @@ def mask_predict(
         passes=jnp.zeros(lengths.shape, jnp.int32),
         history=_blank_history(canvas.shape, options.iterations) if options.history else None,
     )
-    final = lax.while_loop(
-        lambda rows: (rows.made < options.iterations) & ~rows.stopped.all(), advance, start
+    parts = None
+    if axes is not None:
+        by_pass: Any = Rows(1)
+        parts = _Rows(
+            made=SHARED,
+            memory=work(axes),
+            lengths=WITHIN,
+            canvas=WITHIN,
+            tokens=KEPT,
+            log_probs=KEPT,
+            stopped=WITHIN,
+            passes=KEPT,
+            history=by_pass if options.history else None,
+        )
+    final = until_done(
+        advance,
+        start,
+        lambda rows: rows.stopped.all(axis=1),
+        parts,
+        go_on=lambda rows: rows.made < options.iterations,
     )
     return MaskPredictResult(
         tokens=final.tokens,
@@ -272,45 +308,6 @@ def _slots(log_probs: jax.Array, lengths: jax.Array) -> jax.Array:
     """[..., T] bool: places between BOS and EOS."""
     place = jnp.arange(log_probs.shape[-1])
     return (place > 0) & (place < lengths[..., None] - 1)
-
-
-def fill_slots(
-    project: Project, states: jax.Array, where: jax.Array, banned: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """The likeliest admitted symbol of the chosen slots, and its log-probability.
-
-    Args:
-      project: states [.., D] -> logits [.., V].
-      states: [..., D].
-      where: [...] bool, the slots to read; logits are computed for these alone, chunk by chunk.
-      banned: symbols that are never emitted.
-
-    Returns:
-      [...] int32 and [...] float32; 0 where nothing was read.
-    """
-    shape, flat = where.shape, states.reshape(-1, states.shape[-1])
-    size, known = READ_OF_ANY, flat.shape[0]
-    if isinstance(known, int):
-        size = min(READ_AT_ONCE, max(READ_AT_LEAST, -(-known // 4)), known)
-    order = jnp.argsort(~where.reshape(-1), stable=True)  # the chosen slots, then the others
-    order = jnp.pad(order, (0, size))
-    count = jnp.sum(where, dtype=jnp.int32)
-
-    def read(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        start, symbols, log_probs = carry
-        slots = lax.dynamic_slice_in_dim(order, start, size)
-        # Beyond the chosen ones: out of range, so that nothing is written.
-        slots = jnp.where(start + jnp.arange(size) < count, slots, jnp.iinfo(slots.dtype).max)
-        logits = project(jnp.take(flat, slots, axis=0, mode="clip")).astype(jnp.float32)
-        said = allowed(logits.shape[-1], banned, MaskPredictOptionsError)
-        found, highest = best(jnp.where(said, logits, -jnp.inf))
-        symbols = symbols.at[slots].set(found, mode="drop")
-        log_p = highest - jax.nn.logsumexp(logits, axis=-1)
-        return start + size, symbols, log_probs.at[slots].set(log_p, mode="drop")
-
-    start = (jnp.int32(0), jnp.zeros(known, jnp.int32), jnp.zeros(known))
-    _, symbols, log_probs = lax.while_loop(lambda carry: carry[0] < count, read, start)
-    return symbols.reshape(shape), log_probs.reshape(shape)
 
 
 def _blank_history(shape: tuple[int, ...], iterations: int) -> History:

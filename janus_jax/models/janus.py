@@ -350,15 +350,15 @@ class Janus(nn.Module):
         return self._read(slots, memory).reshape(*canvas.shape, -1)
 
     def ar_pass(self, target: jax.Array, memory: Memory) -> jax.Array:
-        """AR logits of whole candidates in one parallel pass: [B, G, T] int32 -> [B, G, T, V].
+        """AR states of whole candidates in one parallel pass: [B, G, T] int32 -> [B, G, T, D].
 
-        [:, :, t] is the distribution of y_t, as in `Outputs.ar`.
+        [:, :, t] is what y_t is predicted from, as in `Outputs.ar`.
         """
         rows = target.reshape(-1, target.shape[-1])
         slots = streams.lay_out(
             rows, None, self.config, self._target_rows, ar=True, nar=False, aux=False, prune=True
         )
-        return self.logits(self._read(slots, memory)).reshape(*target.shape, -1)
+        return self._read(slots, memory).reshape(*target.shape, -1)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """States [.., D] -> vocabulary logits [.., V] float32."""
