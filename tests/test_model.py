@@ -11,6 +11,7 @@ import pytest
 
 from janus_jax.config import ModelConfig, SpecialIds
 from janus_jax.models import Janus, empty_cache, init_params
+from janus_jax.models.transformer import windows
 
 IDS = SpecialIds()
 BASE = ModelConfig(
@@ -228,6 +229,21 @@ def variant(request, batch):
 
 def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(("cells", "sizes"), [(8, (8,)), (31, (31,)), (32, (16, 32)), (300, (75, 150, 300))])
+def test_windows_of_a_cache(cells, sizes):
+    assert windows(cells) == sizes
+
+
+def test_a_cache_read_in_windows_gives_what_one_pass_gives():
+    """70 places: windows of 18, 35 and 70 cells."""
+    config = dataclasses.replace(BASE, max_positions=80, max_length=80)
+    rng = np.random.default_rng(6)
+    source = jnp.asarray(rng.integers(5, config.vocab_size, (2, 9)))
+    target = jnp.asarray(rng.integers(5, config.vocab_size, (2, 70)).astype(np.int32))
+    _, whole, stepped, *_ = all_ways(random_params(config), source, target, jnp.zeros((2, 70), bool), config)
+    close(stepped[:, :-1], whole[:, 1:])
 
 
 def test_all_distributions_are_those_of_the_plain_reading(variant, batch):

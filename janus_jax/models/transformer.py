@@ -83,6 +83,10 @@ class LayerCache:
     content: KeysValues | None = None  # projected AR content so far, [B, P, H, K]: written place by place
 
 
+WINDOWS = 3  # most sizes that a cache is read in
+LEAST_WINDOW = 16  # cells of the smallest
+
+
 @struct.dataclass
 class Sight:
     """What the slots of one decoding pass see: [new AR content | AR queries | a NAR canvas], each if any.
@@ -248,13 +252,35 @@ class DecoderLayer(_Layer):
         )
         x, h = x[:, sight.kept :], h[:, sight.kept :]
         q, ar = self.attention.queries(h), sight.ar - sight.kept
-        cached = (_by_head(content[0]), _by_head(content[1]))
-        seen = [self.attention.gather(q[:, :ar], cached, sight.cells[:, sight.kept :])]
+        seen = [self._over_cells(q[:, :ar], content, sight)]
         if sight.canvas is not None:
             own = (k[:, :, sight.content :], v[:, :, sight.content :])
             seen.append(self.attention.gather(q[:, ar:], own, sight.canvas))
         x = self._leaving(x, self.attention_norm, self.attention.out(jnp.concatenate(seen, axis=1)))
         return self._rest(x, cache.memory, source_mask), content
+
+    def _over_cells(self, q: jax.Array, content: KeysValues, sight: Sight) -> jax.Array:
+        """AR slots [B, N, H, K] attend the cells [B, P, H, K] -> [B, N, D].
+
+        Cells that nothing has been written to yet are not read, as far as few sizes can tell.  Beside a
+        canvas (draft and verify) they cost too little to be worth it.
+        """
+        drop, mask = self.attention.drop, sight.cells[:, sight.kept :]
+
+        def over(size: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+            return attend(q, _by_head(k[:, :size]), _by_head(v[:, :size]), mask[..., :size], drop)
+
+        cells = content[0].shape[1]
+        sizes = windows(cells) if sight.canvas is None else (cells,)
+        written = jnp.max(sight.start) + sight.content
+        found = jax.lax.switch(
+            sum((written > size).astype(jnp.int32) for size in sizes[:-1]) if sizes[1:] else 0,
+            [functools.partial(over, size) for size in sizes],
+            q,
+            *content,
+            mask,
+        )
+        return found.reshape(*q.shape[:-2], -1)
 
     def _self_attention(self, x: jax.Array, plan: Plan) -> jax.Array:
         h = self._entering(x, self.attention_norm)
@@ -355,6 +381,14 @@ def sinusoidal_positions(positions: jax.Array, dim: int) -> jax.Array:
     angles = positions[..., None].astype(jnp.float32) * rates
     rows = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(rows, [(0, 0)] * positions.ndim + [(0, dim % 2)])
+
+
+def windows(cells: int) -> tuple[int, ...]:
+    """Sizes that a cache is read in, the last being all of it: 64 -> (16, 32, 64)."""
+    sizes = [cells]
+    while len(sizes) < WINDOWS and (half := -(-sizes[0] // 2)) >= LEAST_WINDOW:
+        sizes.insert(0, half)
+    return tuple(sizes)
 
 
 def _by_head(x: jax.Array) -> jax.Array:
