@@ -11,8 +11,10 @@ in one process, one update of each in every round:
 
 The first four have the same loss and the same gradients, but for the draws of dropout
 (tests/test_step_benchmark.py).  Seconds are medians over rounds, ratios medians of the ratios of a round.
-FLOPs are counted twice: by XLA in the compiled program, where the body of a loop counts once (the chunked
-loss is one), and by `janus_jax.cost`.
+`of peak` is utilisation: the FLOPs that the method needs (`janus_jax.cost`) over those that the chip could
+have made meanwhile, where its bfloat16 peak is known.  FLOPs are counted twice: by XLA in the compiled
+program, where the body of a loop counts once (the chunked loss is one), and by `janus_jax.cost`.  `--profile`
+traces an update of ours and tells how much of it is the encoder, the decoder's attention, the loss and so on.
 
 Room: beside the package.  [disk, clock]; may import anything of ours.
 """
@@ -31,14 +33,15 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks import common
-from janus_jax import bench, cli, cost, losses, mesh, optim, report, run, step
+from benchmarks import common, profile
+from janus_jax import bench, chips, cli, cost, losses, mesh, optim, report, run, step
 from janus_jax.config import Config
 from janus_jax.models import Janus, Params
 
 PROGRAM = "benchmarks.step"
 DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "multi30k_deen.py"
 SYSTEMS = ("separate", "one pass", "chunked", "gathered", "AR")
+OURS = "gathered"
 BASES = ("separate", "AR")  # what the others are compared with
 
 
@@ -68,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME,...",
         help="besides separate and AR (default: all)",
     )
+    parser.add_argument(
+        "--profile", type=Path, metavar="DIR", help="trace our version there, and say where its time goes"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
     try:
         rest, overrides = cli.split_overrides(sys.argv[1:] if argv is None else argv)
@@ -84,7 +90,9 @@ def main(argv: list[str] | None = None) -> int:
             raise common.BenchmarkError(
                 f"--length must be one of batch.buckets {config.batch.buckets}, got {length}"
             )
-        result = measure(config, args.workdir, length, args.rounds, args.systems)
+        if args.profile and OURS not in args.systems:
+            raise common.BenchmarkError(f"--profile traces {OURS!r}: name it in --systems")
+        result = measure(config, args.workdir, length, args.rounds, args.systems, args.profile)
         if args.json:
             report.write_json(args.json, result)
         show(result)
@@ -94,9 +102,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(
-    config: Config, workdir: Path | None, length: int, rounds: int, names: list[str]
+    config: Config,
+    workdir: Path | None,
+    length: int,
+    rounds: int,
+    names: list[str],
+    profiled: Path | None = None,
 ) -> dict[str, Any]:
-    """Everything the table needs, of one batch of `length`."""
+    """Everything the table needs, of one batch of `length`; `profiled`: where to put a trace."""
     config = changed(config, loss={"objective": "janus"}, mesh={"data": 1})
     opened = run.open_run(workdir) if workdir else None
     batch = jax.tree.map(jax.numpy.asarray, next(bench.batches_of(config, opened, length, 1)))
@@ -117,6 +130,7 @@ def measure(
             "temp_bytes": int(memory.temp_size_in_bytes) if memory else None,
             "flops_xla": float(analysis.get("flops", float("nan"))),
             "flops": flops(its, rows, length, separately=name == "separate"),
+            "model_flops": cost.train_step(its, rows, length).model,
         }
 
     def timed(name: str) -> float:
@@ -124,6 +138,7 @@ def measure(
         jax.block_until_ready(compiled[name](state, batch))
         return time.perf_counter() - start
 
+    chip = chips.find(mesh.device_kind())
     seconds = common.interleaved({name: functools.partial(timed, name) for name in systems}, rounds)
     for name, row in found.items():
         row["seconds"] = seconds[name]
@@ -131,6 +146,11 @@ def measure(
         row["to_separate"] = ratio(seconds[name], seconds["separate"])
         row["to_AR"] = ratio(seconds[name], seconds["AR"])
         row["flops_to_AR"] = row["flops"] / found["AR"]["flops"]
+        row["utilisation"] = chip and row["model_flops"] / row["median_s"] / chip.flops
+    if profiled:
+        found[OURS]["profile"] = profile.seconds_by_part(
+            profile.trace(lambda: compiled[OURS](state, batch), profiled), compiled[OURS].as_text()
+        )
     return {
         "systems": found,
         "rows": rows,
@@ -227,6 +247,7 @@ def show(result: dict[str, Any]) -> None:
         "FLOPs to AR",
         "GFLOPs",
         "XLA's",
+        "of peak",
         "temporary MiB",
         "compile s",
     ]
@@ -239,6 +260,7 @@ def show(result: dict[str, Any]) -> None:
             f"{row['flops_to_AR']:.2f}",
             f"{row['flops'] / 1e9:.2f}",
             f"{row['flops_xla'] / 1e9:.2f}",
+            f"{row['utilisation']:.1%}" if row["utilisation"] else "-",
             "-" if row["temp_bytes"] is None else f"{row['temp_bytes'] / 2**20:.1f}",
             f"{row['compile_s']:.1f}",
         ]
@@ -248,6 +270,13 @@ def show(result: dict[str, Any]) -> None:
     shares = f"{100 * result['real']:.0f} % tokens, {100 * result['masked']:.0f} % in M"
     title = f"one update, {shape} ({shares}); {result['device']}, {result['rounds']} rounds"
     report.table(title, columns, rows)
+    if told := result["systems"].get(OURS, {}).get("profile"):
+        whole = sum(told.values())
+        report.table(
+            f"where the time of one update of ours goes ({1000 * whole:.1f} ms of work)",
+            ["part", "ms", "share"],
+            [[name, f"{1000 * x:.2f}", f"{x / whole:.1%}"] for name, x in told.items()],
+        )
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:

@@ -187,7 +187,10 @@ def symmetric_kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
     Gradients flow into both sides: each distribution learns from the other.
     """
-    return 0.5 * jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1)
+    # A product of rows: XLA's own reduction of four arrays at once takes twice as long on CPU.
+    return 0.5 * jnp.einsum(
+        "...v,...v->...", jnp.exp(log_p) - jnp.exp(log_q), log_p - log_q, precision=jax.lax.Precision.HIGHEST
+    )
 
 
 def _pick(values: jax.Array, index: jax.Array) -> jax.Array:

@@ -231,7 +231,9 @@ def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize(("cells", "sizes"), [(8, (8,)), (30, (30,)), (31, (16, 31)), (32, (16, 32)), (300, (75, 150, 300))])
+@pytest.mark.parametrize(
+    ("cells", "sizes"), [(8, (8,)), (30, (30,)), (31, (16, 31)), (32, (16, 32)), (300, (75, 150, 300))]
+)
 def test_windows_of_a_cache(cells, sizes):
     assert windows(cells) == sizes
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import profile
 from benchmarks import step as benchmark
 from janus_jax import bench, config, cost, losses, step
 
@@ -55,14 +56,19 @@ def test_flops_fall_from_system_to_system():
     assert all(a > b for a, b in itertools.pairwise(counted))
 
 
-def test_the_command_writes_what_it_measured(tmp_path, capsys):
-    path = tmp_path / "config.py"
+def written_config(folder):
+    path = folder / "config.py"
     values = {k: v for k, v in CONFIG.to_dict().items() if k in ("batch", "model", "loss")}
     path.write_text(
         "from janus_jax.config import from_dict, to_config_dict\n"
         f"def get_config():\n    return to_config_dict(from_dict({values!r}))\n",
         encoding="utf-8",
     )
+    return path
+
+
+def test_the_command_writes_what_it_measured(tmp_path, capsys):
+    path = written_config(tmp_path)
     arguments = [f"--config={path}", "--config.model.decoder_layers=1", "--rounds=2", "--systems=AR"]
     assert benchmark.main([*arguments, f"--json={tmp_path / 'step.json'}"]) == 0
     found = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
@@ -73,9 +79,39 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys):
     assert all(name in printed for name in found["systems"])
 
 
+def test_a_profile_tells_where_the_time_goes(tmp_path, capsys):
+    arguments = [f"--config={written_config(tmp_path)}", "--rounds=1"]
+    written = tmp_path / "step.json"
+    chosen = ["--systems=gathered", f"--profile={tmp_path / 'trace'}", f"--json={written}"]
+    assert benchmark.main([*arguments, *chosen]) == 0
+    told = json.loads(written.read_text(encoding="utf-8"))["systems"]["gathered"]["profile"]
+    assert all(seconds > 0 for seconds in told.values())
+    found = {name.partition(",")[0] for name in told}
+    assert found >= {"encoder", "decoder", "loss over the vocabulary", "embeddings", profile.OTHER}
+    assert {name.rpartition(", ")[2] for name in told} >= {"forward", "backward"}
+    assert "where the time of one update of ours goes" in capsys.readouterr().out
+
+
+def test_instructions_that_hold_others_are_not_counted_twice():
+    program = """
+    ENTRY %main (a: f32[8]) -> f32[8] {
+      %dot.1 = f32[8,8]{1,0} dot(%a, %b), metadata={op_name="jit(f)/jvp(J)/encoder/ffn/rise/dot_general"}
+      %while.2 = (s32[], f32[8]{0}) while(%t), body=%b, metadata={op_name="jit(f)/jvp(loss_masked)/while"}
+      ROOT %fusion.3 = f32[8]{0} fusion(%c), metadata={op_name="jit(f)/transpose(jvp(J))/decoder/cross"}
+      copy.4 = f32[8]{0} copy(%d)
+    }
+    """
+    assert {name: profile.part(op) for name, op in profile.origins(program).items()} == {
+        "dot.1": "encoder, feed-forward, forward",
+        "fusion.3": "decoder, cross-attention, backward",
+        "copy.4": profile.OTHER,
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--systems=AR", "--profile=traces"], "name it in --systems"),
         (["--length=7"], "--length must be one of batch.buckets"),
         (["--config=nowhere.py"], "nowhere.py"),
     ],
