@@ -4,10 +4,11 @@
 #   benchmarks/gpu.sh [OUT] [RUN]
 #
 # OUT (default runs/benchmarks-gpu) gets JSON, tables, pictures and one log for each part; RUN, a trained run, adds
-# the quality/speed curve.  Makes .venv-gpu (jax with CUDA) and .venv-peers first.  A part that fails is named at
-# the end with its reason, and the others go on.  CUDA=cuda13 chooses another build of jax; TORCH another torch.
+# the quality/speed curve.  The update of the WMT14 size comes with its utilisation and a profile.  Makes
+# .venv-gpu (jax with CUDA) and .venv-peers first.  A part that fails is named at the end with its reason, and the
+# others go on.  CUDA=cuda13 chooses another build of jax; TORCH another torch.
 set -uo pipefail
-case "${1:-}" in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.." || exit 1
 out=${1:-runs/benchmarks-gpu} run=${2:-}
 venv=.venv-gpu
@@ -35,7 +36,12 @@ if [ ${#failed[@]} = 0 ]; then
   part peers env PYTHON="$python" benchmarks/peers.sh --output_dir="$out" --dtype=bfloat16
   part peers-base env PYTHON="$python" benchmarks/peers.sh --output_dir="$out/base" --size=base --dtype=bfloat16
   part growth "$python" -m benchmarks.growth --output_dir="$out" --dtype=bfloat16
-  if [ -e benchmarks/step.py ]; then part step "$python" -m benchmarks.step --config.model.dtype=bfloat16; fi
+  # The WMT14 size, at batches that fill the chip more and more; the last that fits is the figure.
+  for tokens in 16384 32768 65536; do
+    part "step-wmt14-$tokens" "$python" -m benchmarks.step --config=configs/wmt14_ende.py --length=64 --systems=gathered,AR \
+      "--config.batch.tokens=$tokens" "--profile=$out/trace-$tokens" "--json=$out/step-wmt14-$tokens.json"
+  done
+  part step "$python" -m benchmarks.step --config.model.dtype=bfloat16 "--json=$out/step.json"
 fi
 for reason in "${failed[@]}"; do echo "failed: $reason" >&2; done
 echo "written to $out" >&2

@@ -69,7 +69,7 @@ def written_config(folder):
 
 def test_the_command_writes_what_it_measured(tmp_path, capsys):
     path = written_config(tmp_path)
-    arguments = [f"--config={path}", "--config.model.decoder_layers=1", "--rounds=2", "--systems=AR"]
+    arguments = [f"--config={path}", "--config.model.decoder_layers=1", "--rounds=2", "--systems=separate,AR"]
     assert benchmark.main([*arguments, f"--json={tmp_path / 'step.json'}"]) == 0
     found = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
     assert list(found["systems"]) == ["separate", "AR"]
