@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import profile
+from benchmarks import parts
 from benchmarks import step as benchmark
 from janus_jax import bench, config, cost, losses, step
 
@@ -87,7 +87,7 @@ def test_a_profile_tells_where_the_time_goes(tmp_path, capsys):
     told = json.loads(written.read_text(encoding="utf-8"))["systems"]["gathered"]["profile"]
     assert all(seconds > 0 for seconds in told.values())
     found = {name.partition(",")[0] for name in told}
-    assert found >= {"encoder", "decoder", "loss over the vocabulary", "embeddings", profile.OTHER}
+    assert found >= {"encoder", "decoder", "loss over the vocabulary", "embeddings", parts.OTHER}
     assert {name.rpartition(", ")[2] for name in told} >= {"forward", "backward"}
     assert "where the time of one update of ours goes" in capsys.readouterr().out
 
@@ -101,10 +101,10 @@ def test_instructions_that_hold_others_are_not_counted_twice():
       copy.4 = f32[8]{0} copy(%d)
     }
     """
-    assert {name: profile.part(op) for name, op in profile.origins(program).items()} == {
+    assert {name: parts.part(op) for name, op in parts.origins(program).items()} == {
         "dot.1": "encoder, feed-forward, forward",
         "fusion.3": "decoder, cross-attention, backward",
-        "copy.4": profile.OTHER,
+        "copy.4": parts.OTHER,
     }
 
 
