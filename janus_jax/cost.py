@@ -162,8 +162,8 @@ def masked_share(config: BatchConfig, ids: SpecialIds, length: int) -> float:
 def ar_decode(config: Config, rows: int, source: int, steps: float) -> Flops:
     """Cached AR decoding of `rows` sentences for `steps` tokens each, at `decode.beam` beams.
 
-    Each step feeds a content slot, and a query slot where `model.ar_stream` is "query", and attends the whole
-    cache of all beams of the sentence, whose length is static.
+    Each step feeds a content slot, and a query slot where `model.ar_stream` is "query".  Counted as if it
+    attended the whole cache of all beams of the sentence, as the last steps do, and nobody left the batch.
     """
     c, beams = config.model, config.decode.beam
     slots = 2 if c.ar_stream == "query" else 1

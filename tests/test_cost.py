@@ -28,13 +28,21 @@ def configuration(objective="janus", chunk=0, gather=True, **model):
 
 
 def products(jaxpr):
-    """FLOPs of all matrix products of a jaxpr, loops of known length counted as often as they run."""
+    """FLOPs of all matrix products of a jaxpr, loops of known length counted as often as they run.
+
+    A product of rows with rows is a reduction, its gradient no product at all.  Of branches the dearest
+    counts: a step late in a long cache.
+    """
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+            (contracted, _), (rows, _) = equation.params["dimension_numbers"]
+            left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            if contracted and len(out) > len(rows):
+                total += 2 * math.prod(out) * math.prod(left[i] for i in contracted)
+        if equation.primitive.name == "cond":
+            total += max(products(branch.jaxpr) for branch in equation.params["branches"])
+            continue
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         for value in equation.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
@@ -152,7 +160,8 @@ def test_decoding_against_the_products_of_its_steps():
     )  # bodies of loops count once, a quarter is read at once
     more = dataclasses.replace(c, decode=dataclasses.replace(c.decode, rescore=True))
     once = nar(Generator(more.model, more.decode)) - whole
-    assert cost.nar_decode(more, 4, 12, 12).model - cost.nar_decode(c, 4, 12, 12).model == once
+    rescoring = cost.nar_decode(more, 4, 12, 12).model - cost.nar_decode(c, 4, 12, 12).model
+    assert once == rescoring - logits + logits / 4
 
 
 def test_slots_of_decoding_are_the_generator_s():
