@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 
+from janus_jax import hlo
+
 # The first that is found in an instruction's op_name.
 PARTS = {
     "loss over the vocabulary": r"loss_",
@@ -34,8 +36,6 @@ PARTS = {
 }
 OTHER = "optimiser and the rest"
 HOLDERS = frozenset({"while", "conditional", "call", "tuple", "get-tuple-element", "parameter"})
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?\s([\w-]+)\(", re.MULTILINE)
-OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 def trace(run: Callable[[], Any], folder: Path) -> Path:
@@ -47,12 +47,8 @@ def trace(run: Callable[[], Any], folder: Path) -> Path:
 
 def origins(program: str) -> dict[str, str]:
     """{instruction: op_name} of a compiled program's text, less instructions that only hold others."""
-    found = {}
-    for line in program.splitlines():
-        if (head := INSTRUCTION.match(line)) and head[2] not in HOLDERS:
-            told = OP_NAME.search(line)
-            found[head[1]] = told[1] if told else ""
-    return found
+    lines = (i for computation in hlo.parse(program).computations.values() for i in computation)
+    return {i.name: i.op_name for i in lines if i.opcode not in HOLDERS}
 
 
 def part(op_name: str) -> str:

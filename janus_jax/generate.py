@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from janus_jax.config import DecodeConfig, ModelConfig
-from janus_jax.decode import beam, draft_verify, mask_predict, slots
+from janus_jax.decode import beam, draft_verify, mask_predict, reading
 from janus_jax.models import ArCache, Janus, Memory, Params, empty_cache
 
 SPARE = draft_verify.SPARE  # slots of a draft's canvas beyond the predicted length
@@ -182,7 +182,7 @@ class Generator:
         """
         states = self._apply(params, "ar_pass", tokens, memory)
         real = (tokens != self.model.ids.pad).at[:, :, 0].set(False)  # BOS is given, not predicted
-        log_p = slots.score(self._project(params), states, real, tokens)
+        log_p = reading.score(self._project(params), states, real, tokens)
         return jnp.sum(log_p, axis=-1) / jnp.sum(real, axis=-1) ** self.decode.length_penalty
 
     def _search(self, width: int, slots: int) -> beam.BeamOptions:
@@ -217,9 +217,7 @@ def _reorder(state: _State, parents: jax.Array) -> _State:
 
 def memory_axes(rows: PartitionSpec) -> Memory:
     """How each array of a `Memory` is cut where its sentences are cut as `rows` says."""
-    by_layer: Any = PartitionSpec(None, *rows)
-    every: Any = rows
-    return Memory(layers=(by_layer, by_layer), mask=every, length_logits=every)
+    return jax.tree.map(lambda axis: PartitionSpec(*[None] * axis, *rows), MEMORY_AXES)
 
 
 def with_options(config: DecodeConfig, **options: object) -> DecodeConfig:

@@ -1,12 +1,14 @@
 """Sentences that are done leave their batch; the results are those of the whole batch."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from janus_jax.decode import leaving
-from janus_jax.decode.leaving import KEPT, SHARED, WITHIN, Rows, until_done
+from janus_jax.decode.leaving import Rows, Shared, parts, until_done
 
 
 @pytest.mark.parametrize(
@@ -22,7 +24,7 @@ def test_a_batch_of_any_size_stays_together():
     assert leaving.sizes(rows) == (rows,)
 
 
-def count_down(counts, *, parts=True, most=None):
+def count_down(counts, *, leave=True, most=None):
     """Each row lasts counts[b] rounds and writes its number of the round; -> (result, rows of each round)."""
     sizes = []
 
@@ -47,7 +49,8 @@ def count_down(counts, *, parts=True, most=None):
         "sum": jnp.zeros_like(counts),
         "trace": jnp.full((8, len(counts)), -1),
     }
-    known = {"round": SHARED, "name": WITHIN, "left": WITHIN, "sum": KEPT, "trace": Rows(1)}
+    within = Rows(kept=False)
+    known = {"round": Shared(), "name": within, "left": within, "sum": Rows(), "trace": Rows(1)}
 
     @jax.jit
     def run(start):
@@ -55,7 +58,7 @@ def count_down(counts, *, parts=True, most=None):
             advance,
             start,
             lambda state: state["left"] == 0,
-            known if parts else None,
+            known if leave else None,
             go_on=None if most is None else lambda state: state["round"] < most,
         )
 
@@ -68,7 +71,7 @@ def count_down(counts, *, parts=True, most=None):
 def test_what_is_kept_is_that_of_the_whole_batch(most):
     counts = np.random.default_rng(0).integers(0, 8, size=70)
     result, sizes = count_down(counts, most=most)
-    whole, all_sizes = count_down(counts, parts=False, most=most)
+    whole, all_sizes = count_down(counts, leave=False, most=most)
     for name in ("sum", "trace", "round"):
         np.testing.assert_array_equal(result[name], whole[name], err_msg=name)
     rounds = counts if most is None else np.minimum(counts, most)
@@ -87,3 +90,20 @@ def test_nothing_to_do():
 def test_no_round_is_made_for_rows_that_are_done():
     _, sizes = count_down([3] * 40)
     assert sizes == [40] * 3
+
+
+class State(NamedTuple):
+    place: int
+    done: int
+    text: int
+    cache: tuple
+
+
+def test_parts_of_a_state():
+    start = State(0, 0, 0, (0, {"mask": 0}))
+    within = Rows(kept=False)
+    axes = (1, {"mask": 0})
+    assert parts(start, model="cache", axes=axes, kept={"text": 1}, shared=["place"]) == State(
+        Shared(), within, Rows(1), (Rows(1, kept=False), {"mask": within})
+    )
+    assert parts(start, model="cache", axes=None, kept={"text": 1}) is None

@@ -94,13 +94,13 @@ def test_a_profile_tells_where_the_time_goes(tmp_path, capsys):
 
 def test_instructions_that_hold_others_are_not_counted_twice():
     program = """
-    ENTRY %main (a: f32[8]) -> f32[8] {
-      %dot.1 = f32[8,8]{1,0} dot(%a, %b), metadata={op_name="jit(f)/jvp(J)/encoder/ffn/rise/dot_general"}
-      %while.2 = (s32[], f32[8]{0}) while(%t), body=%b, metadata={op_name="jit(f)/jvp(loss_masked)/while"}
-      ROOT %fusion.3 = f32[8]{0} fusion(%c), metadata={op_name="jit(f)/transpose(jvp(J))/decoder/cross"}
-      copy.4 = f32[8]{0} copy(%d)
-    }
-    """
+ENTRY %main (a: f32[8,8]) -> f32[8] {
+  %dot.1 = f32[8,8]{1,0} dot(%a, %b), metadata={op_name="jit(f)/jvp(J)/encoder/ffn/rise/dot_general"}
+  %while.2 = (s32[], f32[8]{0}) while(%t), body=%b, metadata={op_name="jit(f)/jvp(loss_masked)/while"}
+  %copy.4 = f32[8]{0} copy(%d)
+  ROOT %fusion.3 = f32[8]{0} fusion(%c), metadata={op_name="jit(f)/transpose(jvp(J))/decoder/cross"}
+}
+"""
     assert {name: parts.part(op) for name, op in parts.origins(program).items()} == {
         "dot.1": "encoder, feed-forward, forward",
         "fusion.3": "decoder, cross-attention, backward",

@@ -37,7 +37,7 @@ import numpy as np
 from jax import lax
 
 from janus_jax.config import SpecialIds
-from janus_jax.decode.leaving import KEPT, SHARED, WITHIN, Rows, until_done, work
+from janus_jax.decode.leaving import parts, until_done
 from janus_jax.decode.symbols import allowed, best
 
 Step = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -226,20 +226,9 @@ def beam_search(
             integers((slots, rows, beam)), integers((slots, rows, beam)), jnp.zeros((slots, rows, beam))
         ),
     )
-    parts = None
-    if axes is not None:
-        by_place: Any = Rows(1)
-        parts = _Beams(
-            place=SHARED,
-            limits=WITHIN,
-            done=WITHIN,
-            sums=WITHIN,
-            tokens=WITHIN,
-            state=work(axes),
-            closed=KEPT,
-            trace=by_place,
-        )
-    final = until_done(advance, start, lambda beams: beams.done, parts)
+    kept = {"closed": 0, "trace": 1}
+    known = parts(start, model="state", axes=axes, kept=kept, shared=["place"])
+    final = until_done(advance, start, lambda beams: beams.done, known)
     return _read_out(final.trace, final.closed, options)
 
 
@@ -294,22 +283,9 @@ def greedy_search(
         tokens=jnp.zeros((slots, rows), jnp.int32),
         log_probs=jnp.zeros((slots, rows)),
     )
-    parts = None
-    if axes is not None:
-        by_place: Any = Rows(1)
-        parts = _Greedy(
-            place=SHARED,
-            limits=WITHIN,
-            done=WITHIN,
-            fed=WITHIN,
-            state=work(axes),
-            sums=WITHIN,
-            scores=KEPT,
-            lengths=KEPT,
-            tokens=by_place,
-            log_probs=by_place,
-        )
-    final = until_done(advance, start, lambda texts: texts.done, parts)
+    kept = {"scores": 0, "lengths": 0, "tokens": 1, "log_probs": 1}
+    known = parts(start, model="state", axes=axes, kept=kept, shared=["place"])
+    final = until_done(advance, start, lambda texts: texts.done, known)
     inside = jnp.arange(slots) < final.lengths[:, None]
     return BeamResult(
         tokens=jnp.where(inside, final.tokens.T, ids.pad)[:, None],

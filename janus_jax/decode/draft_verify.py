@@ -36,11 +36,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from janus_jax.decode import beam, symbols
-from janus_jax.decode import slots as some
+from janus_jax.decode import beam, reading, symbols
 from janus_jax.decode.beam import BeamOptions
-from janus_jax.decode.leaving import KEPT, WITHIN, until_done, work
-from janus_jax.decode.slots import Project
+from janus_jax.decode.leaving import parts, until_done
+from janus_jax.decode.reading import Project
 
 Look = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
 
@@ -169,7 +168,7 @@ def draft_and_verify(
             on_canvas = jnp.minimum(window, slots - 1)
             at = jnp.take_along_axis(states, on_canvas[..., None], axis=1)
             is_open = (window < texts.ends[:, None] - 1) & ~texts.done[:, None]
-            guesses, _ = some.fill(project, at, is_open, options.banned, DraftOptionsError)
+            guesses, _ = reading.fill(project, at, is_open, options.banned, DraftOptionsError)
             beyond = jnp.where(window == texts.ends[:, None] - 1, ids.eos, ids.pad)
             guesses = jnp.where(is_open, guesses, beyond)
             draft = jax.vmap(lambda g, n: lax.dynamic_slice_in_dim(g, n, block - 1))(guesses, new)
@@ -205,22 +204,9 @@ def draft_and_verify(
         accepted=zeros,
         state=state,
     )
-    parts = None
-    if axes is not None:
-        parts = _Texts(
-            limits=WITHIN,
-            widest=WITHIN,
-            place=KEPT,
-            done=WITHIN,
-            ends=WITHIN,
-            tokens=KEPT,
-            log_probs=KEPT,
-            draft=WITHIN,
-            passes=KEPT,
-            accepted=KEPT,
-            state=work(axes),
-        )
-    final = until_done(advance, start, lambda texts: texts.done, parts)
+    kept = dict.fromkeys(("place", "tokens", "log_probs", "passes", "accepted"), 0)
+    known = parts(start, model="state", axes=axes, kept=kept)
+    final = until_done(advance, start, lambda texts: texts.done, known)
     inside = jnp.arange(most) < final.place[:, None]
     log_probs = jnp.where(inside, final.log_probs[:, 1 : most + 1], 0.0)
     return DraftResult(

@@ -14,7 +14,7 @@ Room: pure core.  Knows no model and no kind of decoding; touches no file, no de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +39,27 @@ class Shared:
     """A part of the state that all sentences share."""
 
 
-# The usual parts; of type Any, as they stand where arrays do.
-SHARED: Any = Shared()
-KEPT: Any = Rows()
-WITHIN: Any = Rows(kept=False)
+def parts(start: Any, *, model: str, axes: Any, kept: dict[str, int], shared: Sequence[str] = ()) -> Any:
+    """The parts of a loop's state; None, so that nobody leaves, where nothing is known of the model.
 
+    Args:
+      start: the state, a NamedTuple; a field that is not named below is one entry a row, not read afterwards.
+      model: the field that holds the model's own state.
+      axes: where B lies in the leaves of that, ints in a prefix of its tree, or None.
+      kept: where B lies in the fields that are read after the loop.
+      shared: fields without B.
+    """
+    if axes is None:
+        return None
 
-def work(axes: Any) -> Any:
-    """A model's axes (int, or a pytree of them) as parts that nobody reads after the loop."""
-    return jax.tree.map(lambda axis: Rows(axis, kept=False), axes)
+    def part(name: str) -> Any:
+        if name == model:
+            return jax.tree.map(lambda axis: Rows(axis, kept=False), axes)
+        if name in shared:
+            return Shared()
+        return Rows(kept[name]) if name in kept else Rows(kept=False)
+
+    return type(start)(*map(part, start._fields))
 
 
 def sizes(rows: Any) -> tuple[Any, ...]:

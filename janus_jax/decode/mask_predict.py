@@ -24,7 +24,7 @@ rows need.  Automatic sharding gives the same results, one small reduction a pas
 
 Letters: B batch, N length candidates, T slots, D width of a state, V vocabulary, P passes, n length of
 one canvas.
-Room: pure core.  Imports config, leaving and slots; knows no model; touches no file, no device, no clock.
+Room: pure core.  Imports config, leaving and reading; knows no model; touches no file, no device, no clock.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from janus_jax.config import SpecialIds
-from janus_jax.decode import slots
-from janus_jax.decode.leaving import KEPT, SHARED, WITHIN, Rows, until_done, work
-from janus_jax.decode.slots import Project
+from janus_jax.decode import reading
+from janus_jax.decode.leaving import parts, until_done
+from janus_jax.decode.reading import Project
 
 Look = Callable[[jax.Array, Any], jax.Array]
 
@@ -170,7 +170,7 @@ def mask_predict(
         stopped = rows.stopped[..., None]
         open_slots = (rows.canvas == options.ids.mask) & ~stopped
         states = look(rows.canvas, rows.memory)
-        symbols, log_p = slots.fill(project, states, open_slots, options.banned, MaskPredictOptionsError)
+        symbols, log_p = reading.fill(project, states, open_slots, options.banned, MaskPredictOptionsError)
         tokens = jnp.where(open_slots, symbols, jnp.where(stopped, rows.tokens, rows.canvas))
         log_probs = jnp.where(open_slots, log_p, rows.log_probs)
         remasked = least_certain(log_probs, rows.lengths, rows.made, options.iterations) & ~stopped
@@ -205,25 +205,13 @@ def mask_predict(
         passes=jnp.zeros(lengths.shape, jnp.int32),
         history=_blank_history(canvas.shape, options.iterations) if options.history else None,
     )
-    parts = None
-    if axes is not None:
-        by_pass: Any = Rows(1)
-        parts = _Rows(
-            made=SHARED,
-            memory=work(axes),
-            lengths=WITHIN,
-            canvas=WITHIN,
-            tokens=KEPT,
-            log_probs=KEPT,
-            stopped=WITHIN,
-            passes=KEPT,
-            history=by_pass if options.history else None,
-        )
+    kept = {"tokens": 0, "log_probs": 0, "passes": 0, "history": 1}
+    known = parts(start, model="memory", axes=axes, kept=kept, shared=["made"])
     final = until_done(
         advance,
         start,
         lambda rows: rows.stopped.all(axis=1),
-        parts,
+        known,
         go_on=lambda rows: rows.made < options.iterations,
     )
     return MaskPredictResult(

@@ -274,7 +274,7 @@ class DecoderLayer(_Layer):
         sizes = windows(cells) if sight.canvas is None else (cells,)
         written = jnp.max(sight.start) + sight.content
         found = jax.lax.switch(
-            sum((written > size).astype(jnp.int32) for size in sizes[:-1]) if sizes[1:] else 0,
+            jnp.sum(written > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32),
             [functools.partial(over, size) for size in sizes],
             q,
             *content,
