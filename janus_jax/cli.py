@@ -153,6 +153,8 @@ def _evaluate(args: argparse.Namespace, _: Overrides) -> int:
     options = {mode: _options_for(mode, modes, args) for mode in modes}
     for mode in modes:
         translator.options(mode, **options[mode])  # complains before the first mode is decoded
+    if args.true_length and "nar" not in modes:
+        raise UsageError(f"--true_length is about --decode=nar, this is --decode={','.join(modes)}")
     if args.refine:
         translator.options("nar")
     split, folder = args.split or opened.config.data.test_split, args.output_dir or opened.folder / "eval"
@@ -165,6 +167,7 @@ def _evaluate(args: argparse.Namespace, _: Overrides) -> int:
             checkpoint=args.checkpoint,
             limit=args.limit,
             batch_size=args.batch_size,
+            true_length=args.true_length and mode == "nar",
             folder=folder,
             **options[mode],
         )
@@ -628,6 +631,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     flags_.add_argument("--limit", type=_positive, default=0, metavar="N", help="only the first N examples")
     flags_.add_argument("--show", type=_count, default=3, metavar="N", help="examples to print (default: 3)")
+    flags_.add_argument(
+        "--true_length",
+        action="store_true",
+        help="nar: decode at the length of the reference, not the predicted one, to see what a perfect "
+        "prediction of the length would bring (with --candidates=1 at that length alone)",
+    )
     flags_.add_argument(
         "--refine",
         type=_count,

@@ -92,7 +92,12 @@ class Engine:
         return self.start(decode, generator, source, report)()
 
     def start(
-        self, decode: str, generator: Generator, source: np.ndarray, report: Report
+        self,
+        decode: str,
+        generator: Generator,
+        source: np.ndarray,
+        report: Report,
+        lengths: np.ndarray | None = None,
     ) -> Callable[[], Written]:
         """Sends a batch to the devices; compile time is added to `report`.
 
@@ -103,15 +108,16 @@ class Engine:
           generator: the model and its options.
           source: [B, S] int32, B a multiple of `devices`.
           report: gets compile time and shapes.
+          lengths: [B] int32, target lengths (BOS and EOS counted) to go by in place of the predicted ones.
 
         Returns:
           A function that waits for the devices and gives what they wrote.
         """
         if decode == "draft":
             placed = (self._place(source), ROWS)
-            (memory, lengths), slots = self._remember(generator, source, report, ROWS, spare=SPARE)
+            (memory, tried), slots = self._remember(generator, source, report, ROWS, lengths, spare=SPARE)
             verify = functools.partial(generator.doing("draft_and_verify").draft_and_verify, slots=slots)
-            encoded = ((memory, memory_axes(ROWS)), (lengths, ROWS))
+            encoded = ((memory, memory_axes(ROWS)), (tried, ROWS))
             drafted = self._call(verify, (slots,), report, placed, *encoded, out=ROWS)
             return lambda: Written(*jax.device_get((drafted.tokens, drafted.scores, drafted.passes)))
         if decode == "ar":
@@ -119,9 +125,9 @@ class Engine:
             result = self._call(write, (), report, (self._place(source), ROWS), out=ROWS)
             no_passes = np.zeros(len(source), np.int32)
             return lambda: Written(*jax.device_get((result.tokens, result.scores, no_passes)))
-        (memory, lengths), slots = self._remember(generator, source, report, ROWS)
+        (memory, tried), slots = self._remember(generator, source, report, ROWS, lengths)
         refine = functools.partial(generator.doing("non_autoregressive").non_autoregressive, slots=slots)
-        args = ((memory, memory_axes(ROWS)), (lengths, ROWS))
+        args = ((memory, memory_axes(ROWS)), (tried, ROWS))
         _, result = self._call(refine, (slots,), report, *args, out=ROWS)
 
         def best_first() -> Written:
@@ -144,21 +150,30 @@ class Engine:
         return jax.device_get((choice, result.history))
 
     def _remember(
-        self, generator: Generator, source: np.ndarray, report: Report, rows: PartitionSpec, spare: int = 0
+        self,
+        generator: Generator,
+        source: np.ndarray,
+        report: Report,
+        rows: PartitionSpec,
+        lengths: np.ndarray | None = None,
+        *,
+        spare: int = 0,
     ) -> tuple[tuple[Any, jax.Array], int]:
         """Encoded sources with candidate lengths, and a canvas no larger than the longest and `spare` need.
 
         Reading the lengths back costs one wait; the canvas is a bucket, so that shapes stay few.
         """
-        placed = self._place(source) if rows == ROWS else jax.device_put(source, mesh.replicated(self._mesh))
+        given = [source] if lengths is None else [source, lengths]
+        place = self._place if rows == ROWS else lambda x: jax.device_put(x, mesh.replicated(self._mesh))
         encode = generator.doing("remember").remember
-        found = self._call(encode, (), report, (placed, rows), out=(memory_axes(rows), rows))
+        args = [(place(x), rows) for x in given]
+        found = self._call(encode, (), report, *args, out=(memory_axes(rows), rows))
         longest = int(jax.device_get(found[1]).max()) + spare
         most = generator.slots(source.shape[1]) + 1
         return found, min([b for b in self._config.batch.buckets if longest <= b < most], default=most)
 
-    def _place(self, source: np.ndarray) -> jax.Array:
-        return mesh.global_batch(self._mesh, {"source": source})["source"]
+    def _place(self, by_row: np.ndarray) -> jax.Array:
+        return mesh.global_batch(self._mesh, {"by row": by_row})["by row"]
 
     def _call(
         self,

@@ -19,15 +19,17 @@ from typing import Any
 
 from rich.console import Console
 
-from janus_jax import mesh, plots, processes, report, score
+from janus_jax import mesh, plots, processes, report, score, tables
 from janus_jax.config import DecodeConfig
 from janus_jax.data.sources import open_split
+from janus_jax.decode.mask_predict import EMPTY
 from janus_jax.paths import AnyPath
 from janus_jax.run import Run
 from janus_jax.translate import cut_messages, output
 from janus_jax.translator import Translator, decode_together
 
 FOLDER = "eval"
+TRUE_LENGTH = "true_length"  # in names: decoded at the lengths of the references
 SHOWN_CUTS = 5  # over-long lines named on the terminal; the JSON has all
 
 # Always part of the name, by mode: what a table of results is about.
@@ -75,7 +77,14 @@ def relevant(decode: str, options: DecodeConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(options).items() if name not in unused}
 
 
-def name_of(decode: str, options: DecodeConfig, checkpoint: str = "best", limit: int = 0) -> str:
+def name_of(
+    decode: str,
+    options: DecodeConfig,
+    checkpoint: str = "best",
+    limit: int = 0,
+    *,
+    true_length: bool = False,
+) -> str:
     """A file name part that tells one way of decoding from another: `nar-T4-c3`, `ar-b5-lp0.6-average5`."""
     values, defaults = relevant(decode, options), DecodeConfig()
     parts = [decode, *(f"{short}{values[key]}" for key, short in _HEADLINE[decode].items())]
@@ -84,6 +93,7 @@ def name_of(decode: str, options: DecodeConfig, checkpoint: str = "best", limit:
             parts.append(
                 (short if value else f"no_{short}") if isinstance(value, bool) else f"{short}{value:g}"
             )
+    parts += [TRUE_LENGTH] if true_length else []
     if checkpoint != "best":
         parts.append(f"step{checkpoint}" if checkpoint.isdigit() else checkpoint.replace(":", ""))
     parts += [f"first{limit}"] if limit else []
@@ -99,6 +109,7 @@ def evaluate(
     checkpoint: str = "best",
     limit: int = 0,
     batch_size: int | None = None,
+    true_length: bool = False,
     folder: AnyPath | None = None,
     **options: Any,
 ) -> Evaluation:
@@ -114,13 +125,15 @@ def evaluate(
       checkpoint: what `translator` was loaded as; part of the name unless "best".
       limit: only so many examples, from the first; 0 means all.
       batch_size: most sentences decoded together.
+      true_length: decode at the length of the reference (of several the first) in place of the predicted
+        one: what a perfect prediction of the length would bring.  Not for "ar".
       folder: where to write; default `<workdir>/eval`.
       **options: any key of the config section `decode`.
 
     Raises:
       EvaluationError: the split is empty.
       data.DataError: there is no such split, or no prepared data.
-      translator.DecodeError: as `Translator.decode`.
+      translator.DecodeError: as `Translator.decode`; `true_length` with "ar", for one.
     """
     split, folder = split or opened.config.data.test_split, folder or opened.folder / FOLDER
     effective = translator.options(decode, **options)
@@ -130,7 +143,11 @@ def evaluate(
         raise EvaluationError(f"split {split!r} in {opened.data_folder} has no examples: nothing to evaluate")
     sources = [source for source, _ in itertools.islice(pairs, count)]
     references = [pairs.references(i) for i in range(count)]
-    name = name_of(decode, effective, checkpoint, limit if count < len(pairs) else 0)
+    first = limit if count < len(pairs) else 0
+    name = name_of(decode, effective, checkpoint, first, true_length=true_length)
+    lengths = None
+    if true_length:
+        lengths = [len(translator.vocabulary.encode(wordings[0])) - EMPTY for wordings in references]
     console = Console(stderr=True, quiet=not processes.is_main())
     with report.progress(count, f"{split} {name}", unit="sentence", console=console) as progress:
 
@@ -139,7 +156,13 @@ def evaluate(
             progress.update(min(done, count))
 
         found, took = decode_together(
-            translator, sources, decode, batch_size=batch_size, on_batch=advance, **options
+            translator,
+            sources,
+            decode,
+            batch_size=batch_size,
+            lengths=lengths,
+            on_batch=advance,
+            **options,
         )
         for message in cut_messages(took.cut, limit=SHOWN_CUTS):
             progress.say(f"{split} {message}")
@@ -153,6 +176,7 @@ def evaluate(
         "passes_per_sentence": None if decode == "ar" else took.passes / count,
         "cut": [{"line": line + 1, "tokens": tokens, "kept": kept} for line, tokens, kept in took.cut],
         "options": relevant(decode, effective),
+        "lengths": tables.TRUE if true_length else tables.PREDICTED,
         "batch_size": batch_size,
         "data": pairs.identity,
         "vocabulary_sha256": translator.vocabulary.sha256,

@@ -62,16 +62,24 @@ class Generator:
         used = {name: getattr(self.decode, name) for name in OPTIONS[method]}
         return Generator(self.model, with_options(DecodeConfig(), **used))
 
-    def remember(self, params: Params, source: jax.Array) -> tuple[Memory, jax.Array]:
-        """Encodes [B, S] once -> (memory, candidate target lengths [B, G] with BOS and EOS)."""
+    def remember(
+        self, params: Params, source: jax.Array, lengths: jax.Array | None = None
+    ) -> tuple[Memory, jax.Array]:
+        """Encodes [B, S] once -> (memory, candidate target lengths [B, G] with BOS and EOS).
+
+        The candidates lie around the likeliest length, or around `lengths` [B] where these are given.
+        """
         memory: Memory = self._apply(params, "remember", source)
-        lengths = mask_predict.candidate_lengths(
-            memory.length_logits,
-            self.decode.candidates,
-            min_length=3,  # BOS, one token, EOS: an empty answer to a source that is not empty is no answer
-            max_length=self.limits(source) + 1,  # a limit counts EOS but not BOS
-        )
-        return memory, lengths
+        bounds: dict[str, Any] = {
+            # BOS, one token, EOS: an empty answer to a source that is not empty is no answer
+            "min_length": 3,
+            "max_length": self.limits(source) + 1,  # a limit counts EOS but not BOS
+        }
+        if lengths is None:
+            found = mask_predict.candidate_lengths(memory.length_logits, self.decode.candidates, **bounds)
+        else:
+            found = mask_predict.lengths_around(lengths, self.decode.candidates, **bounds)
+        return memory, found
 
     def limits(self, source: jax.Array) -> jax.Array:
         """[B, S] -> [B] int32: most tokens of each target, EOS counted; of the sentence alone."""

@@ -70,6 +70,7 @@ IDLE = (
 FIRST_ROWS = ("ar_content", "ar", "rdrop", "cmlm", "janus")  # the others follow by name
 ABLATED = "janus"  # the row that ablations change one thing of
 UNKNOWN, DIRTY = "unknown", "-dirty"
+PREDICTED, TRUE = "predicted", "of the references"  # lengths that NAR decoded at, in an evaluation's JSON
 SAMPLES = 1000  # resamples of the bootstrap
 
 
@@ -86,6 +87,7 @@ class Way:
     decode: str
     options: Mapping[str, Any]  # what the name stands for
     system: str = ""  # what `bench` calls it
+    true_length: bool = False  # at the lengths of the references
 
 
 def _nar(passes: int, rescore: bool) -> Way:
@@ -100,6 +102,13 @@ WAYS = (
     Way("ar-b5", "AR beam 5", "ar", {"beam": 5}, "AR beam 5"),
     *(_nar(passes, False) for passes in (1, 4, 10)),
     *(_nar(passes, True) for passes in (1, 4, 10)),
+    Way(
+        "nar-T10-c1-true_length",
+        "NAR T=10, true length",
+        "nar",
+        {"iterations": 10, "candidates": 1, "rescore": False, "early_stop": False},
+        true_length=True,
+    ),
     Way("draft", "draft, strict", "draft", {"draft_top_k": 1}, "draft, strict"),
 )
 HEADLINES = ("ar-b5", "nar-T10-c3")  # one for each side, where there is room for no more
@@ -434,6 +443,8 @@ def _own_faults(run: Trained, one: Evaluated, split: str, way: Way | None) -> li
     asked = {"decode": one.result["decode"], **one.result["options"]}
     wrong = {k: v for k, v in {"decode": way.decode, **way.options}.items() if asked.get(k) != v}
     found = [f"{key} = {asked.get(key)!r}, its name says {value!r}" for key, value in wrong.items()]
+    if (lengths := one.result.get("lengths", PREDICTED)) != (TRUE if way.true_length else PREDICTED):
+        found.append(f"decoded at lengths {lengths}, its name says otherwise")
     if why := stale(run, one):
         found.append(why)
     if run.vocabulary and one.result["vocabulary_sha256"] != run.vocabulary:

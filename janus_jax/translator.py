@@ -26,6 +26,7 @@ import numpy as np
 
 from janus_jax import losses, processes, run
 from janus_jax.config import Config, ConfigError, DecodeConfig, LossConfig, ModelConfig, from_dict
+from janus_jax.decode.mask_predict import EMPTY
 from janus_jax.engine import Engine, Report, Written
 from janus_jax.generate import Generator, with_options
 from janus_jax.models import init_params
@@ -140,6 +141,7 @@ class Translator:
         *,
         nbest: int = 1,
         batch_size: int | None = None,
+        lengths: Sequence[int] | None = None,
         on_batch: Callable[[int], None] = lambda sentences: None,
         **options: Any,
     ) -> tuple[list[list[Hypothesis]], Report]:
@@ -150,15 +152,21 @@ class Translator:
           decode: "ar" (beam search), "nar" (mask-predict) or "draft" (NAR drafts, AR verifies).
           nbest: hypotheses a line, at most the beam or the length candidates.
           batch_size: most sentences decoded together; default what `decode.tokens` slots hold.
+          lengths: tokens that each target has (BOS and EOS not counted), in place of the predicted number;
+            AR decides for itself when to end, and takes none.
           on_batch: called with the number of lines done after each batch.
           **options: any key of the config section `decode`, such as beam, iterations or candidates.
 
         Raises:
-          DecodeError: as `options`; or batch_size below 1.
+          DecodeError: as `options`; batch_size below 1; or lengths that do not go with mode or lines.
         """
         generator = Generator(self.config.model, self.options(decode, nbest=nbest, **options))
         if batch_size is not None and batch_size < 1:
             raise DecodeError(f"batch_size must be at least 1, got {batch_size}")
+        if lengths is not None and decode == "ar":
+            raise DecodeError("decode='ar' ends where the model ends it: lengths are for nar and draft")
+        if lengths is not None and len(lengths) != len(lines):
+            raise DecodeError(f"{len(lengths)} lengths for {len(lines)} lines")
         width = _width(decode, generator.decode)
         report, start = Report(sentences=len(lines)), time.perf_counter()
         found: list[list[Hypothesis]] = [[Hypothesis("", 0.0, 0)] for _ in lines]
@@ -178,10 +186,11 @@ class Translator:
         for length, chunk in self._chunks(sources, width, generator, batch_size):
             rows = self._rows(len(chunk), self._most_rows(length, width, generator, batch_size))
             source = np.full((rows, length), generator.model.ids.pad, np.int32)
-            for row in range(rows):
-                ids = sources[chunk[min(row, len(chunk) - 1)]]  # a filler row repeats the last sentence
-                source[row, : len(ids)] = ids
-            sent.append((chunk, self._engine.start(decode, generator, source, report)))
+            filled = [*chunk, *chunk[-1:] * (rows - len(chunk))]  # a filler row repeats the last sentence
+            for row, line in enumerate(filled):
+                source[row, : len(sources[line])] = sources[line]
+            told = None if lengths is None else np.array([lengths[i] + EMPTY for i in filled], np.int32)
+            sent.append((chunk, self._engine.start(decode, generator, source, report, told)))
             if len(sent) > AHEAD:
                 write_down(*sent.popleft())
         while sent:
@@ -284,6 +293,8 @@ def decode_together(
     if not processes.several():
         return translator.decode(lines, decode, **arguments)
     mine = range(processes.index(), len(lines), processes.count())
+    if (lengths := arguments.get("lengths")) is not None:
+        arguments["lengths"] = [lengths[i] for i in mine]
     found, own = translator.decode([lines[i] for i in mine], decode, **arguments)
     cut = [(mine[line], tokens, kept) for line, tokens, kept in own.cut]
     told = [[dataclasses.astuple(h) for h in hypotheses] for hypotheses in found]

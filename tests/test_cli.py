@@ -260,6 +260,9 @@ def test_evaluate_refuses_options_of_the_other_mode(tiny_run, capsys):
         fails(capsys, 2, *argv, "--iterations=3")
         == "--iterations is an option of --decode=nar, this is --decode=ar"
     )
+    assert "--true_length is about --decode=nar, this is --decode=ar" in fails(
+        capsys, 2, *argv, "--true_length"
+    )
     assert "data.DataError" not in fails(capsys, 1, *argv, "--split=tset")
     assert fails(capsys, 1, *argv, "--beam=0") == "decode.beam must be at least 1, got 0"
     message = "--config.decode.beam: evaluate takes its configuration from the run directory; use --beam=3"

@@ -47,6 +47,25 @@ def test_hypotheses_and_scores_lie_beside_each_other(tiny_run, tiny_translator, 
         "beam": 2, "length_penalty": 1.0, "max_length_a": 1.5, "max_length_b": 10, "ban_unk": True,
     }  # fmt: skip
     assert 1 <= nar.result["passes_per_sentence"] <= 3
+    assert ar.result["lengths"] == nar.result["lengths"] == "predicted"
+
+
+def test_true_lengths_are_those_of_the_references(tiny_run, tiny_translator, tmp_path):
+    opened = run.open_run(tiny_run.folder)
+    one = evaluate.evaluate(
+        opened, tiny_translator, "test", "nar", true_length=True, candidates=1, folder=tmp_path
+    )
+    assert one.name == "nar-T3-c1-true_length"
+    assert one.result["lengths"] == "of the references"
+    encode = tiny_translator.vocabulary.encode
+    lengths = [len(encode(r)) - 2 for (r,) in one.references]
+    assert one.hypotheses == [
+        found[0].text
+        for found in tiny_translator.decode(one.sources, "nar", lengths=lengths, candidates=1)[0]
+    ]
+    assert one.hypotheses != tiny_translator(one.sources, "nar", candidates=1)
+    with pytest.raises(DecodeError, match="lengths are for nar and draft"):
+        evaluate.evaluate(opened, tiny_translator, "test", "ar", true_length=True, folder=tmp_path)
 
 
 def test_the_first_examples_only(tiny_run, tiny_translator, tmp_path):
@@ -72,6 +91,7 @@ def test_the_first_examples_only(tiny_run, tiny_translator, tmp_path):
         ("ar", {}, {"checkpoint": "average:5", "limit": 10}, "ar-b5-average5-first10"),
         ("ar", {}, {"checkpoint": "1000"}, "ar-b5-step1000"),
         ("ar", {}, {"checkpoint": "latest"}, "ar-b5-latest"),
+        ("nar", {}, {"true_length": True, "checkpoint": "1000"}, "nar-T10-c3-true_length-step1000"),
     ],
 )
 def test_names_tell_ways_of_decoding_apart(decode, options, rest, name):

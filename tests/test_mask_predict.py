@@ -17,6 +17,7 @@ from janus_jax.decode.mask_predict import (
     candidate_lengths,
     choose,
     least_certain,
+    lengths_around,
     mask_predict,
     mean_log_prob,
 )
@@ -212,6 +213,8 @@ def test_length_candidates():
     assert make(3).tolist() == [[6, 7, 8], [2, 2, 3], [13, 14, 14], [2, 2, 2 + 1]]
     assert make(4).tolist()[0] == [5, 6, 7, 8]
     assert make(3, min_length=3).tolist()[1] == [3, 3, 4]
+    given = lengths_around(jnp.array([7, 2, 20]), 3, max_length=14)
+    assert given.tolist() == [[6, 7, 8], [2, 2, 3], [13, 14, 14]]
     each = candidate_lengths(logits, 3, max_length=jnp.array([7, 9, 9, 9]))
     assert each.tolist() == [[6, 7, 7], [2, 2, 3], [8, 9, 9], [2, 2, 3]]
     for b in range(4):

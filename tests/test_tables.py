@@ -307,6 +307,7 @@ def changed(way="ar-b5", **changes):
         ({"versions__commit": "e" * 12}, f"decoded by commit {'e' * 12}, the others by {DECODER}"),
         ({"versions__commit": f"{DECODER}-dirty"}, "changes that nobody can check out"),
         ({"decode": "nar"}, "decode = 'nar', its name says 'ar'"),
+        ({"lengths": "of the references"}, "decoded at lengths of the references, its name says otherwise"),
         ({"scores": {}}, "not the result of an evaluation: scores.sentences is None"),
     ],
 )
@@ -316,6 +317,17 @@ def test_other_evaluations(tmp_path, changes, told):
     found = judged(tmp_path)
     assert told in evaluation_why(found, "ar_content", "ar-b5")
     assert ("ar_content", "ar-b1") in found.evaluations
+
+
+def test_true_lengths_have_a_column_of_their_own(tmp_path):
+    three(tmp_path)
+    way = "nar-T10-c1-true_length"
+    for run, lengths in (("janus", tables.TRUE), ("cmlm", tables.PREDICTED)):
+        one = changed("nar-T10-c3", options__candidates=1, lengths=lengths)
+        write(tmp_path / "t", run, ways={way: one})
+    found = judged(tmp_path / "t", baseline="janus")
+    assert ("janus", way) in found.evaluations
+    assert "decoded at lengths predicted" in evaluation_why(found, "cmlm", way)
 
 
 def test_evaluations_that_the_table_has_no_column_for(tmp_path):

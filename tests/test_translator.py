@@ -130,6 +130,19 @@ def test_nbest_is_ordered_and_starts_with_the_best(translator):
         assert max(map(len, several)) == n
 
 
+def test_given_lengths_are_kept_whatever_the_batch(translator):
+    lengths = [4, 9, 1, 7, 12]  # of a blank line none; others within 1.5 times the source and 10
+    (alone, *_), _ = translator.decode(LINES[:1], "nar", lengths=[4], candidates=1)
+    found, _ = translator.decode(LINES, "nar", lengths=lengths, candidates=1)
+    assert [f[0].tokens for f in found] == [4, 0, 1, 7, 12]
+    assert alone[0].text == found[0][0].text
+    around, _ = translator.decode(LINES, "nar", lengths=lengths, candidates=3, nbest=3)
+    tokens = [sorted(h.tokens for h in hypotheses) for hypotheses in around]
+    assert tokens == [[3, 4, 5], [0], [1, 1, 2], [6, 7, 8], [11, 12, 13]]
+    drafted, _ = translator.decode(LINES, "draft", lengths=lengths)
+    assert [f[0].text for f in drafted] == translator(LINES, "ar", beam=1)
+
+
 def test_rescoring_orders_candidates_by_their_ar_score(translator):
     plain = translator.decode(LINES, "nar", nbest=3, candidates=3)[0]
     rescored = translator.decode(LINES, "nar", nbest=3, candidates=3, rescore=True)[0]
@@ -166,6 +179,8 @@ def test_refinement_ends_with_the_translation(translator):
         ({"decode": "nar", "nbest": 4}, "nbest = 4 needs candidates of at least that; it is 3"),
         ({"nbest": 0}, "nbest = 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"decode": "nar", "lengths": [3]}, "1 lengths for 5 lines"),
+        ({"decode": "ar", "lengths": [3] * 5}, "lengths are for nar and draft"),
     ],
 )
 def test_requests_that_cannot_be_served(translator, request_, message):

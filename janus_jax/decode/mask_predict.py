@@ -133,10 +133,18 @@ def candidate_lengths(
       min_length: least length, 2 at least: BOS and EOS.
       max_length: greatest length, for all or [B] for each sentence; wins over `min_length`.
     """
-    greatest = jnp.broadcast_to(jnp.asarray(max_length, jnp.int32), length_logits.shape[:1])
-    likeliest = jnp.clip(jnp.argmax(length_logits, axis=-1).astype(jnp.int32), min_length, greatest)
+    likeliest = jnp.argmax(length_logits, axis=-1).astype(jnp.int32)
+    return lengths_around(likeliest, candidates, min_length=min_length, max_length=max_length)
+
+
+def lengths_around(
+    middle: jax.Array, candidates: int, *, min_length: int = EMPTY, max_length: int | jax.Array
+) -> jax.Array:
+    """`candidate_lengths` around given lengths [B] int32, BOS and EOS counted."""
+    greatest = jnp.broadcast_to(jnp.asarray(max_length, jnp.int32), middle.shape)
+    middle = jnp.clip(middle, min_length, greatest)
     offsets = jnp.arange(candidates, dtype=jnp.int32) - candidates // 2
-    return jnp.clip(likeliest[:, None] + offsets, min_length, greatest[:, None])
+    return jnp.clip(middle[:, None] + offsets, min_length, greatest[:, None])
 
 
 def mask_predict(
