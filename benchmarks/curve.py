@@ -24,28 +24,28 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import common
-from janus_jax import mesh, plots, report, run, score
+from janus_jax import mesh, plots, report, run, score, ways
 from janus_jax.data.sources import open_split
 from janus_jax.paths import as_path
 from janus_jax.prepare import bring_data
 from janus_jax.translator import Translator
+from janus_jax.ways import Way
 
 BATCHES = (16, 128)  # of the throughput
 
 
 @dataclass(frozen=True)
 class System:
-    """One way to decode; `group` is a line of the pictures."""
+    """One way to decode, as a point `label` on the line `group` of the pictures."""
 
-    label: str
     group: str
-    mode: str
-    options: dict[str, Any] = field(default_factory=dict)
+    label: str
+    way: Way
 
     @property
     def name(self) -> str:
@@ -53,23 +53,22 @@ class System:
         return f"{self.group}, {self.label}"
 
 
-def _nar(group: str, **options: Any) -> tuple[System, ...]:
-    always = {"early_stop": False, **options}
-    return tuple(System(f"T = {t}", group, "nar", {"iterations": t, **always}) for t in (1, 2, 4, 10))
+def _nar(group: str, candidates: int, *, rescore: bool = False) -> tuple[System, ...]:
+    return tuple(System(group, f"T = {t}", ways.nar(t, candidates, rescore=rescore)) for t in (1, 2, 4, 10))
 
 
-# One line for each way to decode; a mode that the model was not trained for is left out.  Re-scoring a single
+# One line for each way to decode; what the model was not trained for is left out.  Re-scoring a single
 # candidate chooses nothing, so there is none.
-GREEDY = System("greedy", "AR", "ar", {"beam": 1})
-BEAM = System("beam 5", "AR", "ar", {"beam": 5})
+GREEDY = System("AR", "greedy", ways.GREEDY)
+BEAM = System("AR", "beam 5", ways.BEAM)
 SYSTEMS: tuple[System, ...] = (
     GREEDY,
     BEAM,
-    *_nar("NAR, 1 candidate", candidates=1, rescore=False),
-    *_nar("NAR, 3 candidates", candidates=3, rescore=False),
-    *_nar("NAR, 3 re-scored", candidates=3, rescore=True),
-    System("strict", "draft", "draft", {"draft_top_k": 1}),
-    System("3 within 1.0", "draft", "draft", {"draft_top_k": 3, "draft_margin": 1.0}),
+    *_nar("NAR, 1 candidate", 1),
+    *_nar("NAR, 3 candidates", 3),
+    *_nar("NAR, 3 re-scored", 3, rescore=True),
+    System("draft", "strict", ways.STRICT),
+    System("draft", "3 within 1.0", ways.TOLERANT),
 )
 
 
@@ -123,14 +122,15 @@ def curve(
     sources = [source for source, _ in itertools.islice(pairs, count)]
     references = [pairs.references(i) for i in range(count)]
     translator = load(workdir, checkpoint, dtype)
-    chosen = [s for s in systems if s.mode in translator.modes]
+    trained = set(translator.modes)
+    chosen = [s for s in systems if s.way.sides <= trained]
     if not chosen:
         raise common.BenchmarkError(
             f"{workdir}: decodes {', '.join(translator.modes)} only: nothing to measure"
         )
     facts = common.facts(translator.config.model.dtype)
-    for mode in sorted({s.mode for s in systems} - set(translator.modes)):
-        print(f"left out: {mode}, which this model was not trained for", file=sys.stderr)
+    for name in dict.fromkeys(s.group for s in systems if s not in chosen):
+        print(f"left out: {name}, which this model was not trained for", file=sys.stderr)
 
     found: dict[str, dict[str, Any]] = {s.name: {"group": s.group, "label": s.label} for s in chosen}
     written: dict[str, list[str]] = {}
@@ -238,13 +238,13 @@ def _decode(translator: Translator, system: System, lines: list[str], size: int)
     # Beams and candidates count towards decode.tokens: enough for `size` sentences of any length.
     config = translator.config
     width = max(config.decode.beam, config.decode.candidates, *_widths(system))
-    options = {**system.options, "tokens": size * config.batch.buckets[-1] * width}
-    found, took = translator.decode(lines, system.mode, batch_size=size, **options)
+    options = {**system.way.options, "tokens": size * config.batch.buckets[-1] * width}
+    found, took = translator.decode(lines, system.way.decode, batch_size=size, **options)
     return [best.text for best, *_ in found], took
 
 
 def _widths(system: System) -> list[int]:
-    return [1, *(system.options[name] for name in ("beam", "candidates") if name in system.options)]
+    return [1, *(system.way.options[name] for name in ("beam", "candidates") if name in system.way.options)]
 
 
 def _speed(rounds: list[Round]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from janus_jax import mesh, report, score
+from janus_jax import mesh, report, score, ways
 from janus_jax.data.lines import DataError
 from janus_jax.data.sources import open_split
 from janus_jax.prepare import bring_data
@@ -31,7 +31,7 @@ SENTENCES, ALONE = 200, 32  # dev sentences decoded in batches, and of them one 
 
 
 @dataclass(frozen=True)
-class Way:
+class Measured:
     """One way to decode, and what it gave here."""
 
     decode: str
@@ -51,19 +51,21 @@ class Way:
 
 
 WAYS = (
-    Way("nar", {"iterations": 1, "candidates": 1}),
-    Way("nar", {"iterations": 2, "candidates": 3, "rescore": True}),
-    Way("nar", {"iterations": 4, "candidates": 1}),
-    Way("nar", {"iterations": 4, "candidates": 3, "rescore": True}),
-    Way("nar", {"iterations": 10, "candidates": 3, "rescore": True}),
-    Way("draft", {"draft_top_k": 3, "draft_margin": 1.0}),
-    Way("draft", {"draft_top_k": 1}),
-    Way("ar", {"beam": 1}),
-    Way("ar", {"beam": 5}),
+    ways.nar(1, 1),
+    ways.nar(2, rescore=True),
+    ways.nar(4, 1),
+    ways.nar(4, rescore=True),
+    ways.nar(10, rescore=True),
+    ways.TOLERANT,
+    ways.STRICT,
+    ways.GREEDY,
+    ways.BEAM,
 )
 
 
-def choose(opened: Run, translator: Translator, keep: float = KEEP, batch_size: int | None = None) -> Way:
+def choose(
+    opened: Run, translator: Translator, keep: float = KEEP, batch_size: int | None = None
+) -> Measured:
     """The fastest way with at least `keep` of the best BLEU; measures first where that was not done yet.
 
     Args:
@@ -81,9 +83,9 @@ def choose(opened: Run, translator: Translator, keep: float = KEEP, batch_size: 
     if here not in kept:
         kept[here] = [asdict(way) for way in measure(opened, translator, console)]
         report.write_json(opened.folder / FILE, kept)
-    ways = [Way(**way) for way in kept[here]]
-    chosen = pick(ways, keep, batch_size)
-    best = max(ways, key=lambda way: way.bleu)
+    found = [Measured(**one) for one in kept[here]]
+    chosen = pick(found, keep, batch_size)
+    best = max(found, key=lambda one: one.bleu)
     times = chosen.speed(batch_size) / max(best.speed(batch_size), 1e-9)
     console.print(
         f"auto: {chosen.name}: dev BLEU {chosen.bleu:.2f} ({best.bleu:.2f} with {best.name}), "
@@ -95,13 +97,13 @@ def choose(opened: Run, translator: Translator, keep: float = KEEP, batch_size: 
     return chosen
 
 
-def pick(ways: list[Way], keep: float, batch_size: int | None = None) -> Way:
-    """The fastest of `ways` with at least `keep` of the best BLEU among them."""
-    enough = keep * max(way.bleu for way in ways)
-    return max((way for way in ways if way.bleu >= enough), key=lambda way: way.speed(batch_size))
+def pick(found: list[Measured], keep: float, batch_size: int | None = None) -> Measured:
+    """The fastest of `found` with at least `keep` of the best BLEU among them."""
+    enough = keep * max(one.bleu for one in found)
+    return max((one for one in found if one.bleu >= enough), key=lambda one: one.speed(batch_size))
 
 
-def measure(opened: Run, translator: Translator, console: Console) -> list[Way]:
+def measure(opened: Run, translator: Translator, console: Console) -> list[Measured]:
     """What each way that the model has gives on dev sentences, here and now."""
     try:
         bring_data(opened.config, opened.folder)
@@ -114,18 +116,18 @@ def measure(opened: Run, translator: Translator, console: Console) -> list[Way]:
     count = min(SENTENCES, len(pairs))
     sources = [source for source, _ in itertools.islice(pairs, count)]
     references = [pairs.references(i) for i in range(count)]
-    ways = [way for way in WAYS if way.decode in translator.modes]
+    known = [way for way in WAYS if way.sides <= set(translator.modes)]
     measured = []
-    with report.progress(len(ways), "auto: measuring", unit="way", console=console) as progress:
-        for way in ways:
+    with report.progress(len(known), "auto: measuring", unit="way", console=console) as progress:
+        for way in known:
             translator.decode(sources, way.decode, **way.options)  # compiles
             found, took = translator.decode(sources, way.decode, **way.options)
             translator.decode(sources[:ALONE], way.decode, batch_size=1, **way.options)
             _, alone = translator.decode(sources[:ALONE], way.decode, batch_size=1, **way.options)
             bleu = score.score([best.text for best, *_ in found], references).bleu
             rates = took.speed()["sentences_per_s"], alone.speed()["sentences_per_s"]
-            measured.append(Way(way.decode, way.options, bleu, *rates))
-            progress.advance(way=way.name)
+            measured.append(Measured(way.decode, dict(way.options), bleu, *rates))
+            progress.advance(way=way.label)
     return measured
 
 
@@ -139,6 +141,6 @@ def _read(opened: Run) -> dict[str, Any]:
     """What is kept; nothing where the file is missing or damaged, as it can be made anew."""
     try:
         found = json.loads((opened.folder / FILE).read_text(encoding="utf-8"))
-        return {name: ways for name, ways in found.items() if [Way(**way) for way in ways]}
+        return {name: kept for name, kept in found.items() if [Measured(**one) for one in kept]}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

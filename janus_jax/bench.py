@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from janus_jax import losses, mesh, report, run
+from janus_jax import losses, mesh, report, run, ways
 from janus_jax.batch import Batch, assemble, corrupted, example_rng
 from janus_jax.config import Config, microbatches
 from janus_jax.data.encoded import encode_split
@@ -36,18 +36,16 @@ from janus_jax.generate import Generator, with_options
 from janus_jax.paths import AnyPath
 from janus_jax.prepare import bring_data
 from janus_jax.step import init_state, train_step
-from janus_jax.translator import SIDES
 
 UPDATES = 10
 BATCHES = (1, 16, 128)
 SENTENCES = {1: 32, 16: 64, 128: 256}  # decoded at each batch size, cut to what the test set has
-SYSTEMS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("AR greedy", "ar", {"beam": 1}),
-    ("AR beam 5", "ar", {"beam": 5}),
-    ("NAR T = 1", "nar", {"iterations": 1, "early_stop": False}),
-    ("NAR T = 4", "nar", {"iterations": 4, "early_stop": False}),
-    ("NAR T = 10", "nar", {"iterations": 10, "early_stop": False}),
-    ("draft, strict", "draft", {"draft_top_k": 1}),
+SYSTEMS = (
+    ways.GREEDY,
+    ways.BEAM,
+    *(ways.nar(passes) for passes in (1, 4, 10)),
+    *(ways.nar(passes, rescore=True) for passes in (4, 10)),
+    ways.STRICT,
 )
 
 
@@ -67,7 +65,7 @@ def bench(config: Config, workdir: AnyPath | None) -> int:
     decoded = decoding(config, opened)
     columns = list(decoded[0])
     report.table(
-        f"decoding: {subject}, {config.decode.candidates} length candidates",
+        f"decoding: {subject}, 3 length candidates",
         columns,
         [list(row.values()) for row in decoded],
     )
@@ -146,13 +144,14 @@ def decoding(config: Config, opened: run.Run | None) -> list[dict[str, Any]]:
         )
     engine = Engine(params, config)
     needed = losses.streams_needed(config.loss)
-    systems = [s for s in SYSTEMS if all(needed[side] for side in SIDES[s[1]])]
+    systems = [way for way in SYSTEMS if all(needed[side] for side in way.sides)]
     rows = []
     with report.progress(len(systems) * len(BATCHES), "bench: decoding", unit="system") as shown:
-        for (name, mode, options), size in itertools.product(systems, BATCHES):
-            generator = Generator(config.model, with_options(config.decode, **options))
-            rows.append({"system": name, "batch": size, **_decode(engine, generator, mode, sources, size)})
-            shown.advance(system=f"{name}, batch {size}")
+        for way, size in itertools.product(systems, BATCHES):
+            generator = Generator(config.model, with_options(config.decode, **way.options))
+            rates = _decode(engine, generator, way.decode, sources, size)
+            rows.append({"system": way.label, "batch": size, **rates})
+            shown.advance(system=f"{way.label}, batch {size}")
     return rows
 
 

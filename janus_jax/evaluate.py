@@ -22,7 +22,7 @@ from rich.console import Console
 from janus_jax import mesh, plots, processes, report, score, tables
 from janus_jax.config import DecodeConfig
 from janus_jax.data.sources import open_split
-from janus_jax.decode.mask_predict import EMPTY
+from janus_jax.generate import EMPTY
 from janus_jax.paths import AnyPath
 from janus_jax.run import Run
 from janus_jax.translate import cut_messages, output

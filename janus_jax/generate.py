@@ -23,6 +23,7 @@ from janus_jax.config import DecodeConfig, ModelConfig
 from janus_jax.decode import beam, draft_verify, mask_predict, reading
 from janus_jax.models import ArCache, Janus, Memory, Params, empty_cache
 
+EMPTY = mask_predict.EMPTY  # length of a target without tokens: BOS and EOS
 SPARE = draft_verify.SPARE  # slots of a draft's canvas beyond the predicted length
 
 

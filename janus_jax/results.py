@@ -302,10 +302,10 @@ def _pictures(
         points: list[plots.SpeedPoint] = []
         for row in judged.rows:
             for way in tables.WAYS:
-                rate = measured.found.get((row, way.system, batch)) if way.system else None
+                rate = measured.found.get((row, way.label, batch))
                 bleu = tables.score_of(judged, row, way.name)
                 if rate and bleu and (row not in ablated or row == tables.ABLATED):
-                    side = {"ar": "AR", "nar": "NAR", "draft": "draft"}[way.decode]
+                    side = {"ar": "AR", "nar": "NAR", "draft": "draft"}[way.how.decode]
                     label = way.label.removeprefix(f"{side} ")
                     point: plots.SpeedPoint = {"label": label, "group": f"{row} {side}", "bleu": bleu.mean}
                     points.append({**point, "sentences_per_s": rate})

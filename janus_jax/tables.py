@@ -13,7 +13,7 @@ files.  Nothing is averaged or compared unless it is alike in all that the table
 What differs is set apart, with every difference named.  What others have is the value that most have; where
 as many have another, the baseline row's.  What is missing is a blank, never a 0.
 
-Room: pure core.  Imports config and score; touches no file, no device, no clock.
+Room: pure core.  Imports config, score and ways; touches no file, no device, no clock.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from janus_jax import config as configuration
-from janus_jax import score
+from janus_jax import score, ways
 from janus_jax.config import Config
 
 # Keys that rows may differ in: prefixes end in a dot.
@@ -83,33 +83,26 @@ class Way:
     """A manner of decoding that the table has a column for."""
 
     name: str  # as `evaluate.name_of` gives it, with the checkpoint that is best on dev
-    label: str
-    decode: str
-    options: Mapping[str, Any]  # what the name stands for
-    system: str = ""  # what `bench` calls it
+    how: ways.Way  # what the name stands for
     true_length: bool = False  # at the lengths of the references
 
+    @property
+    def label(self) -> str:
+        """What stands above the column, and what `bench` calls it."""
+        return f"{self.how.label}, at the true length" if self.true_length else self.how.label
 
-def _nar(passes: int, rescore: bool) -> Way:
-    name = f"nar-T{passes}-c3" + ("-rescore" if rescore else "")
-    label = f"NAR T={passes}" + (", re-scored" if rescore else "")
-    options = {"iterations": passes, "candidates": 3, "rescore": rescore, "early_stop": False}
-    return Way(name, label, "nar", options, "" if rescore else f"NAR T = {passes}")
+
+def _nar(passes: int, *, rescore: bool) -> Way:
+    return Way(f"nar-T{passes}-c3" + ("-rescore" if rescore else ""), ways.nar(passes, rescore=rescore))
 
 
 WAYS = (
-    Way("ar-b1", "AR greedy", "ar", {"beam": 1}, "AR greedy"),
-    Way("ar-b5", "AR beam 5", "ar", {"beam": 5}, "AR beam 5"),
-    *(_nar(passes, False) for passes in (1, 4, 10)),
-    *(_nar(passes, True) for passes in (1, 4, 10)),
-    Way(
-        "nar-T10-c1-true_length",
-        "NAR T=10, true length",
-        "nar",
-        {"iterations": 10, "candidates": 1, "rescore": False, "early_stop": False},
-        true_length=True,
-    ),
-    Way("draft", "draft, strict", "draft", {"draft_top_k": 1}, "draft, strict"),
+    Way("ar-b1", ways.GREEDY),
+    Way("ar-b5", ways.BEAM),
+    *(_nar(passes, rescore=False) for passes in (1, 4, 10)),
+    *(_nar(passes, rescore=True) for passes in (1, 4, 10)),
+    Way("nar-T10-c1-true_length", ways.nar(10, 1), true_length=True),
+    Way("draft", ways.STRICT),
 )
 HEADLINES = ("ar-b5", "nar-T10-c3")  # one for each side, where there is room for no more
 SPEED_BATCHES = (1, 128)
@@ -117,9 +110,8 @@ SPEED_BATCHES = (1, 128)
 
 def ways_of(objective: str) -> tuple[str, ...]:
     """The ways that a model of this objective is to be evaluated in."""
-    sides = {"ar": ("ar",), "rdrop": ("ar",), "cmlm": ("nar",), "janus": ("ar", "nar", "draft")}[objective]
-    rescore = objective == "janus"  # needs a trained AR side
-    return tuple(w.name for w in WAYS if w.decode in sides and (rescore or not w.options.get("rescore")))
+    trained = {"janus": {"ar", "nar"}, "cmlm": {"nar"}}.get(objective, {"ar"})
+    return tuple(way.name for way in WAYS if way.how.sides <= trained)
 
 
 @dataclass(frozen=True)
@@ -254,11 +246,11 @@ def judge(runs: Sequence[Trained], baseline: str = "ar", split: str = "", any_co
     evaluations, aside = _judge_evaluations(alike, split, any_commit, baseline)
     seen = {(one.run, one.what) for one in aside}
     missing = {
-        run.name: ways
+        run.name: absent
         for run in alike
         if run.config
         and (
-            ways := tuple(
+            absent := tuple(
                 way
                 for way in ways_of(run.config.loss.objective)
                 if (run.name, way) not in evaluations and (run.name, f"{split}.{way}") not in seen
@@ -393,11 +385,11 @@ def stale(run: Trained, one: Evaluated) -> str:
 def _judge_evaluations(
     runs: Sequence[Trained], split: str, any_commit: bool, baseline: str
 ) -> tuple[dict[tuple[str, str], Evaluated], list[Apart]]:
-    ways = {way.name: way for way in WAYS}
+    known = {way.name: way for way in WAYS}
     aside, kept = [], []
     for run in runs:
         for one in run.evaluations:
-            reasons = [one.fault] if one.fault else _own_faults(run, one, split, ways.get(one.name))
+            reasons = [one.fault] if one.fault else _own_faults(run, one, split, known.get(one.name))
             if reasons:
                 aside.append(Apart(run.name, f"{one.split}.{one.name}", tuple(reasons), _bleu(one)))
             else:
@@ -441,7 +433,8 @@ def _own_faults(run: Trained, one: Evaluated, split: str, way: Way | None) -> li
     if way is None:
         return ["another way of decoding, or another checkpoint, than the table has a column for"]
     asked = {"decode": one.result["decode"], **one.result["options"]}
-    wrong = {k: v for k, v in {"decode": way.decode, **way.options}.items() if asked.get(k) != v}
+    named = {"decode": way.how.decode, **way.how.options}
+    wrong = {k: v for k, v in named.items() if asked.get(k) != v}
     found = [f"{key} = {asked.get(key)!r}, its name says {value!r}" for key, value in wrong.items()]
     if (lengths := one.result.get("lengths", PREDICTED)) != (TRUE if way.true_length else PREDICTED):
         found.append(f"decoded at lengths {lengths}, its name says otherwise")
@@ -575,11 +568,13 @@ def _rival(
 ) -> tuple[Trained, Evaluated, Way] | None:
     same_seed = sorted(base, key=lambda b: b.config is None or run.config is None
                        or b.config.seed != run.config.seed)  # fmt: skip
-    ways = {w.name: w for w in WAYS}
-    rivals = ("ar-b1", "ar-b5") if way.decode == "draft" else ("ar-b5", "ar-b1")  # a draft writes greedy text
+    known = {w.name: w for w in WAYS}
+    rivals = (
+        ("ar-b1", "ar-b5") if way.how.decode == "draft" else ("ar-b5", "ar-b1")
+    )  # a draft writes greedy text
     for name, candidate in itertools.product(dict.fromkeys((way.name, *rivals)), same_seed):
         if one := judged.evaluations.get((candidate.name, name)):
-            return candidate, one, ways[name]
+            return candidate, one, known[name]
     return None
 
 
@@ -716,12 +711,12 @@ def score_of(judged: Judged, row: str, way: str, key: str = "bleu") -> Spread | 
 
 def quality(judged: Judged) -> Table:
     """BLEU of every row in every way."""
-    ways = judged.ways()
+    shown = judged.ways()
     rows = []
     for row, runs in judged.rows.items():
-        cells = [_number(score_of(judged, row, way.name), "{:.2f}") for way in ways]
+        cells = [_number(score_of(judged, row, way.name), "{:.2f}") for way in shown]
         rows.append((row, str(len(runs)), f"{runs[0].updates:,}", *cells))
-    columns = ("row", "seeds", "updates", *(way.label for way in ways))
+    columns = ("row", "seeds", "updates", *(way.label for way in shown))
     note = "BLEU of the checkpoint that is best on dev.  With several seeds: mean ± s.d. (number of seeds)."
     return Table(f"BLEU, {judged.split}", columns, tuple(rows), note)
 
@@ -817,15 +812,15 @@ def buckets(judged: Judged) -> list[tuple[str, int]]:
 
 def speed(judged: Judged, measured: Speeds) -> Table | None:
     """Sentences a second, against greedy and beam of the baseline row and of the row itself."""
-    systems = [way for way in WAYS if any(way.system == s for _, s, _ in measured.found)]
+    systems = [way for way in WAYS if any(way.label == s for _, s, _ in measured.found)]
     rows = []
     for row, way in itertools.product(judged.rows, systems):
         cells: list[str] = []
         for batch in SPEED_BATCHES:
-            rate = measured.found.get((row, way.system, batch))
+            rate = measured.found.get((row, way.label, batch))
             cells.append(f"{rate:,.1f}" if rate else "")
             for base, rival in itertools.product((judged.baseline, row), ("AR greedy", "AR beam 5")):
-                ratio = measured.ratio(row, way.system, batch, base, rival)
+                ratio = measured.ratio(row, way.label, batch, base, rival)
                 cells.append(f"{ratio:.2f}" if ratio else "")
         if any(cells):
             rows.append((row, way.label, *cells))
@@ -895,7 +890,7 @@ def ablations(judged: Judged) -> dict[str, dict[str, Spread]]:
         for row, runs in judged.rows.items()
         if runs[0].config and runs[0].config.loss.objective == ABLATED
     }
-    found = {row: ways for row, ways in found.items() if ways}
+    found = {row: moved for row, moved in found.items() if moved}
     return found if ABLATED in found and len(found) > 1 else {}
 
 
@@ -917,7 +912,7 @@ def apart(judged: Judged, measured: Speeds, versus: Sequence[Versus] = ()) -> li
     if failed:
         tables.append(Table("Not compared", ("run", "evaluation", "with", "why"), failed, left=4))
     if judged.missing:
-        rows = tuple((run, ", ".join(ways)) for run, ways in judged.missing.items())
+        rows = tuple((run, ", ".join(absent)) for run, absent in judged.missing.items())
         tables.append(Table("Not evaluated", ("run", "missing"), rows, left=2))
     return tables
 
@@ -939,8 +934,8 @@ def csv_rows(
         base = {"set": name, "row": row, "seeds": len(runs), "status": "ok", "updates": runs[0].updates}
         timed = spread([update_seconds(run) for run in runs])
         base |= {"commit": " ".join(runs[0].commits), "seconds_per_update": timed.mean if timed else None}
-        ways = [way for way in judged.ways() if judged.of(row, way.name)]
-        for way in ways:
+        there = [way for way in judged.ways() if judged.of(row, way.name)]
+        for way in there:
             pairs = judged.of(row, way.name)
             run, one = pairs[0]
             scores = one.result["scores"]
@@ -955,10 +950,10 @@ def csv_rows(
                 line |= {"against": compared.against, "difference": compared.found.difference,
                          "p": compared.found.p_value, "resamples": compared.found.samples}  # fmt: skip
             for batch in SPEED_BATCHES:
-                rate = measured.found.get((row, way.system, batch)) if way.system else None
+                rate = measured.found.get((row, way.label, batch))
                 line[f"sentences_per_s_batch_{batch}"] = rate
             yield line
-        if not ways:
+        if not there:
             yield base | {"run": runs[0].name}
     for gone in judged.apart_runs:
         why = "; ".join(gone.reasons)

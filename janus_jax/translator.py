@@ -26,14 +26,13 @@ import numpy as np
 
 from janus_jax import losses, processes, run
 from janus_jax.config import Config, ConfigError, DecodeConfig, LossConfig, ModelConfig, from_dict
-from janus_jax.decode.mask_predict import EMPTY
 from janus_jax.engine import Engine, Report, Written
-from janus_jax.generate import Generator, with_options
+from janus_jax.generate import EMPTY, Generator, with_options
 from janus_jax.models import init_params
 from janus_jax.text import Vocabulary, clean_line
+from janus_jax.ways import SIDES
 
-MODES = ("ar", "nar", "draft")
-SIDES = {"ar": ("ar",), "nar": ("nar",), "draft": ("ar", "nar")}  # what each reads of a model
+MODES = tuple(SIDES)
 WIDTH = {"ar": "beam", "nar": "candidates", "draft": ""}  # the option that says how many it writes
 PARTIAL = 8  # a batch that is not full is padded to 1/8, 1/64, .. of the rows, so that shapes stay few
 
@@ -280,7 +279,7 @@ class Translator:
 def modes_of(loss: LossConfig) -> tuple[str, ...]:
     """What a model trained with this loss can decode: "ar", "nar", or both and with them "draft"."""
     needed = losses.streams_needed(loss)
-    return tuple(mode for mode in MODES if all(needed[side] for side in SIDES[mode]))
+    return tuple(mode for mode, sides in SIDES.items() if all(needed[side] for side in sides))
 
 
 def decode_together(

@@ -5,16 +5,16 @@ import shutil
 
 import pytest
 
-from janus_jax import auto, run
-from janus_jax.auto import Way, pick
+from janus_jax import auto, run, ways
+from janus_jax.auto import Measured, pick
 from janus_jax.cli import main
 from janus_jax.translator import Translator
 
-WAYS = [
-    Way("nar", {"iterations": 1}, bleu=20.0, sentences_per_s=900.0, alone_per_s=90.0),
-    Way("draft", {}, bleu=30.0, sentences_per_s=300.0, alone_per_s=70.0),
-    Way("ar", {"beam": 1}, bleu=30.0, sentences_per_s=400.0, alone_per_s=60.0),
-    Way("ar", {"beam": 5}, bleu=31.0, sentences_per_s=100.0, alone_per_s=20.0),
+FOUND = [
+    Measured("nar", {"iterations": 1}, bleu=20.0, sentences_per_s=900.0, alone_per_s=90.0),
+    Measured("draft", {}, bleu=30.0, sentences_per_s=300.0, alone_per_s=70.0),
+    Measured("ar", {"beam": 1}, bleu=30.0, sentences_per_s=400.0, alone_per_s=60.0),
+    Measured("ar", {"beam": 5}, bleu=31.0, sentences_per_s=100.0, alone_per_s=20.0),
 ]
 
 
@@ -22,14 +22,19 @@ WAYS = [
     ("keep", "batch_size", "chosen"), [(0.5, None, 0), (0.9, None, 2), (0.9, 1, 1), (0.98, 8, 3), (1.0, 1, 3)]
 )
 def test_the_fastest_that_is_good_enough(keep, batch_size, chosen):
-    assert pick(WAYS, keep, batch_size) is WAYS[chosen]
+    assert pick(FOUND, keep, batch_size) is FOUND[chosen]
+
+
+def test_every_way_is_one_way():
+    assert len({(way.decode, *way.options.items()) for way in auto.WAYS}) == len(auto.WAYS)
+    assert len({way.label for way in auto.WAYS}) == len(auto.WAYS)
 
 
 def test_measured_once_and_kept_by_machine(tiny_run, tmp_path, monkeypatch, capfd):
     shutil.copytree(tiny_run.folder, tmp_path / "run")
     opened = run.open_run(tmp_path / "run")
     translator = Translator.from_run(opened.folder)
-    monkeypatch.setattr(auto, "WAYS", (Way("ar", {"beam": 1}), Way("draft"), Way("nar", {"iterations": 1})))
+    monkeypatch.setattr(auto, "WAYS", (ways.GREEDY, ways.STRICT, ways.nar(1)))
     monkeypatch.setattr(auto, "SENTENCES", 3)
     monkeypatch.setattr(auto, "ALONE", 2)
     (opened.folder / auto.FILE).write_text("not JSON")  # can be made anew

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import common, curve, forced, growth, peers
+from janus_jax import ways
 from janus_jax.config import ModelConfig
 from janus_jax.convert import load_bart
 
@@ -57,7 +58,7 @@ def test_markdown():
 
 def test_curve(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(curve, "BATCHES", (2, 4))
-    systems = (curve.GREEDY, curve.System("T = 2", "NAR", "nar", {"iterations": 2, "candidates": 1}))
+    systems = (curve.GREEDY, curve.System("NAR", "T = 2", ways.nar(2, 1)))
     found = curve.curve(
         str(tiny_run.folder), tmp_path, sentences=2, stream=4, rounds=2, memory=False, systems=systems
     )

@@ -34,7 +34,8 @@ ALLOWED = {
     "paths": set(),
     "report": {"paths"},
     "plots": {"report", "paths"},
-    "tables": {"config", "score"},
+    "tables": {"config", "score", "ways"},
+    "ways": set(),
     "hlo": set(),
     "chips": set(),
     "cost": {"losses", "batch", "config"},
@@ -52,7 +53,18 @@ ALLOWED = {
     "run": {"config", "text", "checkpoint", "report", "paths"},
     "exported": set(),  # a copy of it runs where nothing of ours is
     "engine": {"config", "sharding", "generate", "mesh"},
-    "translator": {"config", "generate", "engine", "losses", "mesh", "models", "processes", "run", "text"},
+    "translator": {
+        "config",
+        "generate",
+        "engine",
+        "losses",
+        "mesh",
+        "models",
+        "processes",
+        "run",
+        "text",
+        "ways",
+    },
 }
 
 

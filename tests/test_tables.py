@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from janus_jax import cli, results, tables
+from janus_jax import cli, evaluate, results, tables
+from janus_jax.config import DecodeConfig
 from janus_jax.data.sources import PairSource
 from tests import fabricate
 from tests.fabricate import COMMIT, DECODER, hypotheses, result, write
@@ -97,7 +98,7 @@ def test_all_of_a_report(tmp_path, capsys):
     (speed,) = [
         line
         for line in text.split("### Speed")[1].split("###")[0].splitlines()
-        if line.startswith("| janus | NAR T=10")
+        if line.startswith("| janus | NAR T = 10")
     ]
     assert [c.strip() for c in speed.split("|")[3:8]] == ["40.0", "2.00", "4.00", "2.00", "4.00"]
     assert "loss.objective = janus; loss.aux = 0.0" in text
@@ -317,6 +318,20 @@ def test_other_evaluations(tmp_path, changes, told):
     found = judged(tmp_path)
     assert told in evaluation_why(found, "ar_content", "ar-b5")
     assert ("ar_content", "ar-b1") in found.evaluations
+
+
+def test_what_each_way_reads_of_a_model():
+    assert tables.ways_of("ar") == tables.ways_of("rdrop") == ("ar-b1", "ar-b5")
+    alone = ("nar-T1-c3", "nar-T4-c3", "nar-T10-c3", "nar-T10-c1-true_length")
+    assert tables.ways_of("cmlm") == alone
+    both = tables.ways_of("janus")
+    assert both == tuple(way.name for way in tables.WAYS)
+    assert {"nar-T10-c3-rescore", "draft"} <= set(both) - {*alone, "ar-b1", "ar-b5"}
+    names = [
+        evaluate.name_of(w.how.decode, DecodeConfig(**w.how.options), true_length=w.true_length)
+        for w in tables.WAYS
+    ]
+    assert names == list(both)
 
 
 def test_true_lengths_have_a_column_of_their_own(tmp_path):

@@ -211,9 +211,15 @@ def _job(args: argparse.Namespace, scale: Scale, direction: str, row: str, seed:
     evaluate = {}
     for name in tables.ways_of(objective):
         way = ways[name]
-        options = [f"--{key}={_written(value)}" for key, value in way.options.items()]
+        options = [f"--{key}={_written(value)}" for key, value in way.how.options.items()]
         options += ["--true_length"] if way.true_length else []
-        evaluate[name] = ["evaluate", f"--workdir={folder}", f"--decode={way.decode}", *options, "--show=0"]
+        evaluate[name] = [
+            "evaluate",
+            f"--workdir={folder}",
+            f"--decode={way.how.decode}",
+            *options,
+            "--show=0",
+        ]
     job = Job(folder, row, seed, train, evaluate)
     _look(job)
     return job

@@ -1,0 +1,40 @@
+"""Ways to decode that tables, benchmarks and `--decode=auto` choose from, each named once.
+
+Room: pure core.  Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SIDES = {"ar": frozenset({"ar"}), "nar": frozenset({"nar"}), "draft": frozenset({"ar", "nar"})}  # by mode
+
+
+@dataclass(frozen=True)
+class Way:
+    """A mode and its options."""
+
+    label: str  # unique: "NAR T = 4, re-scored"
+    decode: str  # ar | nar | draft
+    options: Mapping[str, Any]  # of the section `decode`; the others are left as they are
+
+    @property
+    def sides(self) -> frozenset[str]:
+        """What it reads of a model: "ar", "nar" or both."""
+        return SIDES[self.decode] | (SIDES["ar"] if self.options.get("rescore") else frozenset())
+
+
+def nar(passes: int, candidates: int = 3, *, rescore: bool = False) -> Way:
+    """Mask-predict that makes all its passes; three candidates unless its label says otherwise."""
+    label = f"NAR T = {passes}"
+    label += "" if candidates == 3 else f", {candidates} candidate{'s' if candidates > 1 else ''}"
+    options = {"iterations": passes, "candidates": candidates, "rescore": rescore, "early_stop": False}
+    return Way(f"{label}, re-scored" if rescore else label, "nar", options)
+
+
+GREEDY = Way("AR greedy", "ar", {"beam": 1})
+BEAM = Way("AR beam 5", "ar", {"beam": 5})
+STRICT = Way("draft, strict", "draft", {"draft_top_k": 1})
+TOLERANT = Way("draft, 3 within 1.0", "draft", {"draft_top_k": 3, "draft_margin": 1.0})
