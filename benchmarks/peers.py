@@ -413,7 +413,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.threads:
             common.use_threads(args.threads)
         dtype = args.dtype or ("float32" if mesh.device_kind() == "cpu" else "bfloat16")
-        server = [args.python, str(Path(__file__).with_name("peer_engines.py"))]
+        # -P: this folder's names hide none of the libraries' (theirs import `profile`, for one).
+        server = [args.python, "-P", str(Path(__file__).with_name("peer_engines.py"))]
         shape = Shape(args.source, args.length, args.batches)
         compare(args.output_dir, server, size=SIZES[args.size], shape=shape, rounds=args.rounds, dtype=dtype)
         return 0
