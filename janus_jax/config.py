@@ -95,6 +95,7 @@ class ModelConfig:
     decoder_layers: int = 4
     max_positions: int = 256  # rows of the learned position tables
     max_length: int = 255  # largest target length (with BOS and EOS) the length table knows
+    length_gradient: bool = True  # the length loss trains the encoder, too; False: the length table alone
     norm: str = "post"  # post | pre
     norm_eps: float = 1e-5
     positions: str = "learned"  # learned | sinusoidal

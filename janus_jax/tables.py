@@ -38,6 +38,7 @@ ABOUT = (
     "loss.",
     "model.ar_stream",
     "model.ar_positions",
+    "model.length_gradient",
     "batch.sampler",
     "batch.mask_rate",
     "batch.span_mean",

@@ -272,6 +272,8 @@ class Janus(nn.Module):
         """Target-length logits from the mean of the real source states: [B, S, D] -> [B, C] float32."""
         weight = source_mask[:, 0, :, None].astype(jnp.float32)
         mean = jnp.sum(encoded * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+        if not self.config.length_gradient:
+            mean = jax.lax.stop_gradient(mean)
         return mean @ constrain(self.length_table).T
 
     def ar_step(
