@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dim, config.model.ffn, config.model.heads = 128, 256, 4
     config.model.encoder_layers = config.model.decoder_layers = 2
     config.model.max_positions = 96
+    config.model.length_gradient = False  # with it no side learns at this learning rate
     config.model.dropout = 0.1
     config.optim.lr = 4e-3
     config.optim.schedule = "polynomial"
