@@ -77,6 +77,29 @@ def updated(start, batch):
     return train_step(start, batch, BASE)
 
 
+def test_the_length_loss_reaches_the_encoder_only_where_asked(start, batch):
+    def gradient(config):
+        part = jax.tree.map(jnp.asarray, batch)
+        weights = losses.weights(part["target"], part["masked"], config.loss, config.model.ids)
+        objective = functools.partial(step.objective, part=part, config=config, key=None, weights=weights)
+        return jax.jit(jax.grad(lambda params: objective(params)[0]))(start.params)
+
+    without = gradient(changed(loss={"length": 0.0}))
+    table = []
+    for reaches in (True, False):
+        found = gradient(changed(model={"length_gradient": reaches}))
+        table.append(found.pop("length_table"))
+        moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), found, {k: without[k] for k in found})
+        encoder = max(jax.tree.leaves(moved["encoder"]))
+        assert (encoder > 1e-3) is reaches
+        assert max(jax.tree.leaves(moved["decoder"])) < 1e-6
+        if not reaches:
+            assert max(jax.tree.leaves(moved)) < 1e-6
+    np.testing.assert_allclose(*table, rtol=1e-5)
+    assert float(jnp.abs(table[0]).max()) > 1e-3
+    assert not without["length_table"].any()
+
+
 def assert_same_update(ours, expected):
     """Same metrics, gradients (Adam's first moments) and parameters, to float tolerance."""
     (state, metrics), (other, others) = ours, expected

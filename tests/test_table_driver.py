@@ -85,11 +85,19 @@ def test_the_cpu_scale_is_what_the_results_were_made_with(driver, tmp_path):
     args = parsed(driver, tmp_path, "multi30k", "--scale=cpu", "--rows=janus", "--seeds=2")
     first, second = driver.plan(args)
     made = settled(driver, first)
-    assert (made.train.steps, made.train.eval_every, made.train.checkpoint_every) == (4550, 455, 455)
+    assert (made.train.steps, made.train.eval_every, made.train.checkpoint_every) == (2275, 455, 455)
     assert (made.data.source, made.data.target) == ("en", "de")
     assert [first.folder.name, second.folder.name] == ["janus", "janus-s1"]
     assert config.differences(made, settled(driver, second)).keys() == {"seed"}
     assert list(first.evaluate) == [way.name for way in tables.WAYS]
+
+
+def test_a_row_that_changes_nothing_is_left_out(driver, tmp_path, capsys):
+    args = parsed(driver, tmp_path, "multi30k", "--scale=cpu", "--rows=janus,length_gradient")
+    assert [job.row for job in driver.plan(args)] == ["janus", "length_gradient"]
+    args.settings = {"model.length_gradient": "true"}  # of all rows
+    assert [job.row for job in driver.plan(args)] == ["janus"]
+    assert "at this scale length_gradient is janus: left out" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_commands_and_leaves_no_trace(driver, tmp_path, capsys):
@@ -108,7 +116,7 @@ def test_what_is_finished_is_skipped(driver, tmp_path):
     run = fabricate.write(job.folder.parent, "ar")
     (run / "config.json").write_text(json.dumps(wanted.to_dict()))
     rows = [fabricate.event("started", 0, "a" * 12)]
-    rows += [{"step": 4550, "kind": k, "metrics": {"bleu": 1.0}, "timing": {}} for k in ("train", "dev")]
+    rows += [{"step": 2275, "kind": k, "metrics": {"bleu": 1.0}, "timing": {}} for k in ("train", "dev")]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     split = wanted.data.test_split
     for way in ("ar-b1", "ar-b5"):
@@ -116,10 +124,10 @@ def test_what_is_finished_is_skipped(driver, tmp_path):
             (run / "eval" / f"test.{way}.{suffix}").rename(run / "eval" / f"{split}.{way}.{suffix}")
 
     assert [c[0] for c in driver.plan(args)[0].commands] == ["train", "evaluate", "evaluate"]  # no checkpoint
-    (run / "checkpoints" / "4550").mkdir(parents=True)
+    (run / "checkpoints" / "2275").mkdir(parents=True)
     assert [c[0] for c in driver.plan(args)[0].commands] == ["evaluate", "evaluate"]  # of step 400
     for way in ("ar-b1", "ar-b5"):
-        found = fabricate.result(way, fabricate.hypotheses(3), step=4550)
+        found = fabricate.result(way, fabricate.hypotheses(3), step=2275)
         (run / "eval" / f"{split}.{way}.json").write_text(json.dumps(found))
     assert driver.plan(args)[0].commands == []
     (run / "eval" / f"{split}.ar-b5.hyp").unlink()

@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -69,6 +70,7 @@ class Job:
     updates: int = 0
     done: int = 0  # updates made before
     kind: str = ""  # what decides how long an update takes
+    settled: Any = None  # the configuration
 
     @property
     def commands(self) -> list[Command]:
@@ -166,14 +168,20 @@ def _rows(text: str, default: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
-    """A job for each direction, seed and row, the first seed of all rows before the second."""
+    """A job for each direction, seed and row, the first seed of all rows before the second.
+
+    A row that changes what the configuration of the scale has anyway is left out, and said so.
+    """
     scale = SETS[args.set].scales[args.scale]
-    return [
-        _job(args, scale, direction, row, seed)
-        for direction in args.directions
-        for seed in range(args.seeds)
-        for row in args.rows
-    ]
+    jobs: list[Job] = []
+    for direction, seed, row in itertools.product(args.directions, range(args.seeds), args.rows):
+        job = _job(args, scale, direction, row, seed)
+        same = [j.row for j in jobs if (j.folder.parent, j.settled) == (job.folder.parent, job.settled)]
+        if same:
+            print(f"{job.folder}: at this scale {row} is {same[0]}: left out", file=sys.stderr)
+        else:
+            jobs.append(job)
+    return jobs
 
 
 def settings_of(args: argparse.Namespace, scale: Scale, direction: str, row: str, seed: int) -> Settings:
@@ -243,6 +251,7 @@ def _look(job: Job) -> None:
 
     args, overrides = cli.parse(job.train)
     wanted = cli.resolve_config(args.config, None, overrides)
+    job.settled = wanted
     job.updates, job.missing = wanted.train.steps, list(job.evaluate)
     loss = wanted.loss
     aux = loss.objective == "janus" and (loss.aux or loss.kl_ar_aux or loss.kl_nar_aux)
