@@ -32,6 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.encoder_layers = config.model.decoder_layers = 2
     config.model.max_positions = 64
     config.model.max_length = 40
+    config.model.length_gradient = False
     config.model.norm = "pre"
     config.model.ar_positions = "aligned"
     config.model.dropout = 0.0

@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dim, config.model.ffn, config.model.heads = 256, 1024, 4
     config.model.encoder_layers = config.model.decoder_layers = 4
     config.model.max_positions = 128
+    config.model.length_gradient = False
     config.model.dropout = 0.3
     config.model.dtype = "bfloat16"
     config.loss.chunk = 1024
