@@ -31,7 +31,7 @@ def test_eight_devices_learn_as_one_does(runs, name):
     assert_same_curve(runs[name], runs["one device"])
 
 
-# Each layout after two others and before two others: all twelve pairs restore the same arrays by the same way.
+# Each layout after two others, and before two others: all twelve pairs restore the same arrays the same way.
 RING = list(itertools.pairwise([*LAYOUTS, next(iter(LAYOUTS))]))
 
 
