@@ -109,6 +109,13 @@ def test_a_dry_run_prints_commands_and_leaves_no_trace(driver, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    words = [str(TABLES / "run.py"), "multi30k", "--scale=smoke", f"--out={tmp_path}", "--dry-run"]
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.close()  # before it prints
+        assert (child.stderr.read(), child.wait()) == (b"", 141)
+
+
 def test_what_is_finished_is_skipped(driver, tmp_path):
     args = parsed(driver, tmp_path, "multi30k", "--scale=cpu", "--rows=ar")
     (job,) = driver.plan(args)

@@ -43,7 +43,7 @@ sys.path[:0] = [str(ROOT), str(pathlib.Path(__file__).resolve().parent)]
 
 from rows import ROWS, SETS, SMOKE_ROWS, Scale, Set, Settings  # noqa: E402
 
-FAILED, USAGE, STOPPED = 1, 2, 75
+FAILED, USAGE, STOPPED, PIPE = 1, 2, 75, 141
 DEV_PAIRS = 1000  # cut from train where a set has no dev of its own
 SPEED_ROWS = ("ar", "cmlm", "janus")  # that `bench` measures
 # Half the time of a smoke run is compiling: optimise little.
@@ -664,4 +664,10 @@ if __name__ == "__main__":
                 sys.exit(STOPPED)
     if sys.argv[1:2] == ["--measure"]:
         sys.exit(measure(json.loads(sys.argv[2])))
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what we print has gone: `--dry-run | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = PIPE
+    sys.exit(code)
