@@ -65,7 +65,7 @@ def bench(config: Config, workdir: AnyPath | None) -> int:
     decoded = decoding(config, opened)
     columns = list(decoded[0])
     report.table(
-        f"decoding: {subject}, 3 length candidates",
+        f"decoding: {subject}, {ways.CANDIDATES} length candidates",
         columns,
         [list(row.values()) for row in decoded],
     )

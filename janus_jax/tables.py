@@ -820,7 +820,9 @@ def speed(judged: Judged, measured: Speeds) -> Table | None:
         for batch in SPEED_BATCHES:
             rate = measured.found.get((row, way.label, batch))
             cells.append(f"{rate:,.1f}" if rate else "")
-            for base, rival in itertools.product((judged.baseline, row), ("AR greedy", "AR beam 5")):
+            for base, rival in itertools.product(
+                (judged.baseline, row), (ways.GREEDY.label, ways.BEAM.label)
+            ):
                 ratio = measured.ratio(row, way.label, batch, base, rival)
                 cells.append(f"{ratio:.2f}" if ratio else "")
         if any(cells):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+CANDIDATES = 3  # lengths that NAR tries, unless a label says otherwise
 SIDES = {"ar": frozenset({"ar"}), "nar": frozenset({"nar"}), "draft": frozenset({"ar", "nar"})}  # by mode
 
 
@@ -26,10 +27,10 @@ class Way:
         return SIDES[self.decode] | (SIDES["ar"] if self.options.get("rescore") else frozenset())
 
 
-def nar(passes: int, candidates: int = 3, *, rescore: bool = False) -> Way:
-    """Mask-predict that makes all its passes; three candidates unless its label says otherwise."""
+def nar(passes: int, candidates: int = CANDIDATES, *, rescore: bool = False) -> Way:
+    """Mask-predict that makes all its passes."""
     label = f"NAR T = {passes}"
-    label += "" if candidates == 3 else f", {candidates} candidate{'s' if candidates > 1 else ''}"
+    label += "" if candidates == CANDIDATES else f", {candidates} candidate{'s' if candidates > 1 else ''}"
     options = {"iterations": passes, "candidates": candidates, "rescore": rescore, "early_stop": False}
     return Way(f"{label}, re-scored" if rescore else label, "nar", options)
 
