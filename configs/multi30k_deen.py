@@ -5,9 +5,7 @@
 FOLDER holds the raw files (train.de.gz, train.en.gz, val.de.gz, ...); without the key they are downloaded.
 Baselines on equal terms: --config.loss.objective=ar (or cmlm, rdrop) and another --workdir.
 
-20 epochs: on two cores that did other work too, 77 minutes for `janus` and 26 for `ar`.  With a learning rate
-of 1e-3 that gave, on test 2016, sacreBLEU: ar 38.9; janus AR 35.4, NAR with ten passes 28.4.  Four times that
-rate gets `ar` as far in half the updates (docs/results.md).
+20 epochs.  docs/results.md has five, in the other direction: launch/tables/multi30k.sh --scale=cpu.
 """
 
 import ml_collections
