@@ -45,7 +45,7 @@ _State = tuple[ArCache, Memory]
 _BY_ROW: Any = 0
 _BY_LAYER: Any = 1
 MEMORY_AXES = Memory(layers=_BY_LAYER, mask=_BY_ROW, length_logits=_BY_ROW)
-STATE_AXES = (ArCache(content=_BY_LAYER, sources=_BY_ROW), MEMORY_AXES)
+STATE_AXES = (ArCache(content=_BY_ROW, sources=_BY_ROW), MEMORY_AXES)
 
 
 @dataclass(frozen=True)

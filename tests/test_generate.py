@@ -302,3 +302,18 @@ def test_an_unknown_option_is_named():
     assert with_options(DECODE, beam=3).beam == 3
     with pytest.raises(ValueError, match=r"unknown decoding option 'beams'; there are .*beam, candidates"):
         with_options(DECODE, beams=3)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_a_step_writes_into_the_cache_and_copies_none_of_it(beam):
+    model = dataclasses.replace(MODEL, dim=32, decoder_layers=4, max_positions=300, max_length=300)
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), model))
+    rows, memory, cache = 8, {}, {}
+    for slots in (128, 256):
+        decode = dataclasses.replace(DECODE, beam=beam, max_length_a=0.0, max_length_b=slots)
+        source = jax.ShapeDtypeStruct((rows, WIDE), jnp.int32)
+        compiled = autoregressive.lower(Generator(model, decode), params, source).compile()
+        memory[slots] = compiled.memory_analysis().temp_size_in_bytes
+        cache[slots] = 2 * model.decoder_layers * rows * slots * beam * model.dim * 4
+    # Once the cache itself, and what one layer reads of it at a time.
+    assert memory[256] - memory[128] < 1.4 * (cache[256] - cache[128])

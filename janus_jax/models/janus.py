@@ -13,6 +13,8 @@ Room: pure core, models.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +31,6 @@ from janus_jax.models.transformer import (
     DecoderLayer,
     EncoderLayer,
     KeysValues,
-    LayerCache,
     Plan,
     Sight,
     keep,
@@ -82,7 +83,7 @@ def output_projection(params: Params, config: ModelConfig) -> Projection:
 class Memory:
     """A source, encoded and projected once for all decoding steps."""
 
-    layers: KeysValues  # cross-attention keys and values, [L, B, H, S, K]
+    layers: KeysValues  # of cross-attention, [L, B, H, K, S] and [L, B, H, S, K]
     mask: jax.Array  # [B, 1, S] bool
     length_logits: jax.Array  # [B, C] float32
 
@@ -94,7 +95,9 @@ class ArCache:
     A beam that goes on from another one does not copy its content: `sources` says whose it sees.
     """
 
-    content: KeysValues  # [L, B, P, H, K]; P = places x beams, cell place * beams + beam
+    # Keys [B, H, K, P] and values [B, H, P, K] of each layer; P = places x beams, cell place * beams + beam.
+    # Not stacked over layers: that would be taken apart and put together each step; this is written in place.
+    content: tuple[KeysValues, ...]
     sources: jax.Array  # [B, G, T] int32: the beam whose cell holds this beam's token at each place
 
     def reorder(self, parents: jax.Array) -> ArCache:
@@ -128,7 +131,7 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        methods = ("__call__", "memory", "remembered", "step")
+        methods = ("__call__", "memory", "remembered")
         self.input = _Input(self.config)
         self.layers = stack(DecoderLayer, self.config, self.config.decoder_layers, methods)
         self.norm = layer_norm(self.config) if self.config.norm == "pre" else None
@@ -138,47 +141,51 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         """Token rows [B, N, D] of all slots, positions [N] -> [B, N', D], the slots that come out."""
         x = keep(self.input(tokens, positions), plan.enter)
-        x, _ = self._layers("__call__", x, None, plan, lambda p: (p, encoded, source_mask))
+        x = self._layers("__call__", x, None, plan, lambda p: (p, encoded, source_mask))
         return self._finish(x)
 
     def memory(self, encoded: jax.Array) -> KeysValues:
-        """Encoded source [B, S, D] -> keys and values of every layer, [L, B, H, S, K]."""
+        """Encoded source [B, S, D] -> keys and values of every layer, on a first axis [L, ...]."""
         return self.layers.memory(encoded, None, None)[1]
 
     def remembered(self, tokens: jax.Array, positions: jax.Array, plan: Plan, memory: Memory) -> jax.Array:
         """As `__call__`, over a projected source; R may be B x candidates."""
         x = keep(self.input(tokens, positions), plan.enter)
-        cache = LayerCache(memory.layers)
-        x, _ = self._layers("remembered", x, cache, plan, lambda p: (p, memory.mask))
+        x = self._layers("remembered", x, memory.layers, plan, lambda p: (p, memory.mask))
         return self._finish(x)
 
     def step(
-        self, tokens: jax.Array, positions: jax.Array, content: KeysValues, sight: Sight, memory: Memory
-    ) -> tuple[jax.Array, KeysValues]:
-        """A decoding pass: rows [B, N, D], cached content [L, B, P, H, K] -> states, the cache.
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        content: tuple[KeysValues, ...],
+        sight: Sight,
+        memory: Memory,
+    ) -> tuple[jax.Array, tuple[KeysValues, ...]]:
+        """A decoding pass: rows [B, N, D], cached content as in `ArCache` -> states, the cache.
 
         The states are those of the AR slots that predict, and of the canvas.
         """
-        x, cache = self.input(tokens, positions), LayerCache(memory.layers, content)
-        if sight.ar == sight.content:
-            x, content = self.layers.step(x, cache, (sight, memory.mask))
-        else:  # content slots have no other reader in the last layer than the cache
-            last = dataclasses.replace(sight, kept=sight.content)
-            x, content = self._pruned("step", x, cache, ((sight, memory.mask), (last, memory.mask)))
-        return self._finish(x), content
+        x = self.input(tokens, positions)
+        layer = DecoderLayer(self.config, parent=None)
+        stacked, written = (self.layers.variables["params"], memory.layers), []
+        for n, cells in enumerate(content):
+            params, source = jax.tree.map(operator.itemgetter(n), stacked)
+            if n == len(content) - 1 and sight.ar > sight.content:
+                # content slots have no other reader in the last layer than the cache
+                sight = dataclasses.replace(sight, kept=sight.content)
+            found: Any = layer.apply({"params": params}, x, cells, sight, source, memory.mask, method="step")
+            x = found[0]
+            written.append(found[1])
+        return self._finish(x), tuple(written)
 
     def _layers(
         self, method: str, x: jax.Array, by_layer: Any, plan: Plan, shared: Callable[[Plan], Any]
-    ) -> tuple[jax.Array, Any]:
+    ) -> jax.Array:
         if plan.last is None:
-            return getattr(self.layers, method)(x, by_layer, shared(plan))
-        return self._pruned(method, x, by_layer, (shared(plan), shared(plan.last)))
-
-    def _pruned(
-        self, method: str, x: jax.Array, by_layer: Any, shared: tuple[Any, Any]
-    ) -> tuple[jax.Array, Any]:
+            return getattr(self.layers, method)(x, by_layer, shared(plan))[0]
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        return run_pruned(self.layers, method, x, by_layer, shared, key)
+        return run_pruned(self.layers, method, x, by_layer, (shared(plan), shared(plan.last)), key)
 
     def _finish(self, x: jax.Array) -> jax.Array:
         return x if self.norm is None else self.norm(x)
@@ -319,7 +326,7 @@ class Janus(nn.Module):
         """
         block, limit = tokens.shape[1], self.config.max_positions - 1
         places = start[:, None] + jnp.arange(block)
-        cells = jnp.arange(cache.content[0].shape[2]) <= places[..., None]
+        cells = jnp.arange(cache.content[0][1].shape[2]) <= places[..., None]
         # Slots beyond the tables are never read.
         slots, positions, cells = self._with_queries(tokens, jnp.minimum(places, limit), cells)
         on_canvas = jnp.broadcast_to(jnp.arange(canvas.shape[1]), canvas.shape)
@@ -417,7 +424,12 @@ def init_params(key: jax.Array, config: ModelConfig) -> Params:
 
 def empty_cache(config: ModelConfig, sentences: int, beams: int, length: int) -> ArCache:
     """No content yet, and room for that of `length` places."""
-    width = config.dim // config.heads
-    shape = (config.decoder_layers, sentences, length * beams, config.heads, width)
-    zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
-    return ArCache((zeros, zeros), jnp.zeros((sentences, beams, length), jnp.int32))
+    width, cells = config.dim // config.heads, length * beams
+    zeros = functools.partial(jnp.zeros, dtype=jnp.dtype(config.dtype))
+    keys, values = (
+        zeros((sentences, config.heads, width, cells)),
+        zeros((sentences, config.heads, cells, width)),
+    )
+    return ArCache(
+        ((keys, values),) * config.decoder_layers, jnp.zeros((sentences, beams, length), jnp.int32)
+    )

@@ -30,7 +30,7 @@ from janus_jax.sharding import ROWS, TENSOR, constrain
 NORMAL = nn.initializers.normal(0.02)  # BERT's initialisation, for every matrix and table
 HIDDEN = jnp.finfo(jnp.float32).min  # finite: a row that sees nothing yields a mean, not NaN
 
-KeysValues = tuple[jax.Array, jax.Array]  # each [.., H, length, K], as attention reads them
+KeysValues = tuple[jax.Array, jax.Array]  # [.., H, K, length] and [.., H, length, K], as products read them
 Range = tuple[int, int]  # start and end of a run of slots
 
 
@@ -75,14 +75,6 @@ def keep(x: jax.Array, kept: tuple[Kept, ...] | None) -> jax.Array:
     return constrain(jnp.concatenate(chosen, axis=1), ROWS)
 
 
-@struct.dataclass
-class LayerCache:
-    """What a decoder layer keeps between decoding steps; stacked over layers outside."""
-
-    memory: KeysValues  # projected source, [B, H, S, K]
-    content: KeysValues | None = None  # projected AR content so far, [B, P, H, K]: written place by place
-
-
 WINDOWS = 3  # most sizes that a cache is read in
 LEAST_WINDOW = 16  # cells of the smallest
 
@@ -106,14 +98,26 @@ class Sight:
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, drop: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """Scaled dot-product attention: [R, N, H, K], two of [R, H, S, K], [R or 1, N or 1, S] -> [R, N, H, K].
+    """Scaled dot-product attention.
 
     Scores and softmax are float32 whatever the inputs; `drop` is applied to the attention weights.
+
+    Args:
+      q: [R, N, H, K].
+      k: [R, H, K, S].
+      v: [R, H, S, K].
+      mask: [R or 1, N or 1, S] bool.
+      drop: dropout.
+
+    Returns:
+      [R, N, H, K].
     """
-    scores = jnp.einsum("rnhk,rhsk->rhns", q, k, preferred_element_type=jnp.float32)
+    # Both products as plain ones, heads and rows in front: asked for another order, XLA turns the operands
+    # round, which on a CPU takes up to ten times as long where queries are few.
+    scores = jnp.einsum("rhnk,rhks->rhns", _by_head(q), k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None], scores / q.shape[-1] ** 0.5, HIDDEN)
     weights = drop(jax.nn.softmax(scores, axis=-1).astype(v.dtype))
-    return jnp.einsum("rhns,rhsk->rnhk", weights, v)
+    return _by_head(jnp.einsum("rhns,rhsk->rhnk", weights, v))
 
 
 class Attention(nn.Module):
@@ -132,9 +136,9 @@ class Attention(nn.Module):
         return constrain(x.reshape(*x.shape[:-1], self.config.heads, -1), ROWS, None, TENSOR)
 
     def keys_values(self, x: jax.Array) -> KeysValues:
-        """[.., S, D] -> keys and values, [.., H, S, K] each."""
-        k, v = (_by_head(self._heads(dense(x))) for dense in (self.key, self.value))
-        return k, v
+        """[.., S, D] -> keys [.., H, K, S] and values [.., H, S, K]."""
+        k, v = self._heads(self.key(x)), self._heads(self.value(x))
+        return jnp.moveaxis(k, -3, -1), _by_head(v)
 
     def queries(self, x: jax.Array) -> jax.Array:
         """[.., D] -> [.., H, K]."""
@@ -145,7 +149,7 @@ class Attention(nn.Module):
         return attend(q, *kv, mask, self.drop).reshape(*q.shape[:-2], -1)
 
     def __call__(self, x: jax.Array, kv: KeysValues, mask: jax.Array) -> jax.Array:
-        """[R, N, D] attends keys and values [R, H, S, K] under [R, 1 or N, S] -> [R, N, D]."""
+        """[R, N, D] attends keys and values under [R, 1 or N, S] -> [R, N, D]."""
         return self.out(self.gather(self.queries(x), kv, mask))
 
 
@@ -203,7 +207,7 @@ class EncoderLayer(_Layer):
 class DecoderLayer(_Layer):
     """Self-attention by plan, cross-attention, feed-forward; all streams share the weights.
 
-    Each method has the shape `scan` wants: (carry, what differs by layer, what all layers share).
+    Each method but `step` has the shape `scan` wants: (carry, what differs by layer, what all layers share).
     """
 
     def setup(self) -> None:
@@ -228,39 +232,45 @@ class DecoderLayer(_Layer):
         return encoded, self.cross.keys_values(encoded)
 
     def remembered(
-        self, x: jax.Array, cache: LayerCache, shared: tuple[Plan, jax.Array]
+        self, x: jax.Array, memory: KeysValues, shared: tuple[Plan, jax.Array]
     ) -> tuple[jax.Array, None]:
         """As `__call__`, with the source already projected (mask-predict's passes)."""
         plan, source_mask = shared
-        return self._rest(self._self_attention(x, plan), cache.memory, source_mask), None
+        return self._rest(self._self_attention(x, plan), memory, source_mask), None
 
     def step(
-        self, x: jax.Array, cache: LayerCache, shared: tuple[Sight, jax.Array]
+        self, x: jax.Array, cells: KeysValues, sight: Sight, memory: KeysValues, source_mask: jax.Array
     ) -> tuple[jax.Array, KeysValues]:
-        """One decoding pass over cached content.  x: [B, N, D], its slots as `Sight` has them.
+        """One decoding pass over cached content.
 
-        Only AR content is cached, once.  shared: the sight, source mask [B, 1, S].
+        Args:
+          x: [B, N, D], its slots as `Sight` has them.
+          cells: keys and values of AR content so far, P of each; nothing else is cached.
+          sight: what the slots see.
+          memory: the source, projected.
+          source_mask: [B, 1, S].
+
+        Returns:
+          The states of the slots that are kept, and the cells with the new content in them.
         """
-        sight, source_mask = shared
-        assert cache.content is not None
         h = self._entering(x, self.attention_norm)
         given = jnp.concatenate([h[:, : sight.content], h[:, sight.ar :]], axis=1)
         k, v = self.attention.keys_values(given)
-        content = (
-            _write_cells(cache.content[0], _by_head(k[:, :, : sight.content]), sight.start),
-            _write_cells(cache.content[1], _by_head(v[:, :, : sight.content]), sight.start),
+        cells = (
+            _write_cells(cells[0], k[..., : sight.content], sight.start, axis=3),
+            _write_cells(cells[1], v[:, :, : sight.content], sight.start, axis=2),
         )
         x, h = x[:, sight.kept :], h[:, sight.kept :]
         q, ar = self.attention.queries(h), sight.ar - sight.kept
-        seen = [self._over_cells(q[:, :ar], content, sight)]
+        seen = [self._over_cells(q[:, :ar], cells, sight)]
         if sight.canvas is not None:
-            own = (k[:, :, sight.content :], v[:, :, sight.content :])
+            own = (k[..., sight.content :], v[:, :, sight.content :])
             seen.append(self.attention.gather(q[:, ar:], own, sight.canvas))
         x = self._leaving(x, self.attention_norm, self.attention.out(jnp.concatenate(seen, axis=1)))
-        return self._rest(x, cache.memory, source_mask), content
+        return self._rest(x, memory, source_mask), cells
 
     def _over_cells(self, q: jax.Array, content: KeysValues, sight: Sight) -> jax.Array:
-        """AR slots [B, N, H, K] attend the cells [B, P, H, K] -> [B, N, D].
+        """AR slots [B, N, H, K] attend the cells -> [B, N, D].
 
         Cells that nothing has been written to yet are not read, as far as few sizes can tell.  Beside a
         canvas (draft and verify) they cost too little to be worth it.
@@ -268,9 +278,9 @@ class DecoderLayer(_Layer):
         drop, mask = self.attention.drop, sight.cells[:, sight.kept :]
 
         def over(size: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-            return attend(q, _by_head(k[:, :size]), _by_head(v[:, :size]), mask[..., :size], drop)
+            return attend(q, k[..., :size], v[..., :size, :], mask[..., :size], drop)
 
-        cells = content[0].shape[1]
+        cells = content[1].shape[2]
         sizes = windows(cells) if sight.canvas is None else (cells,)
         written = jnp.max(sight.start) + sight.content
         found = jax.lax.switch(
@@ -291,7 +301,7 @@ class DecoderLayer(_Layer):
         seen = []
         for block in plan.blocks:
             (qa, qb), (ka, kb) = block.queries, block.keys
-            seen.append(self.attention.gather(q[:, qa:qb], (k[:, :, ka:kb], v[:, :, ka:kb]), block.mask))
+            seen.append(self.attention.gather(q[:, qa:qb], (k[..., ka:kb], v[:, :, ka:kb]), block.mask))
         return self._leaving(x, self.attention_norm, self.attention.out(jnp.concatenate(seen, axis=1)))
 
     def _rest(self, x: jax.Array, memory: KeysValues, source_mask: jax.Array) -> jax.Array:
@@ -329,7 +339,7 @@ def run_pruned(
     by_layer: Any,
     shared: tuple[Any, Any],
     key: jax.Array | None,
-) -> tuple[jax.Array, Any]:
+) -> jax.Array:
     """As `method` of a `stack` of decoder layers, but the last layer is told something else than the others.
 
     Another shape comes out of the last layer, so the scan ends before it, and the last one is applied with
@@ -344,7 +354,7 @@ def run_pruned(
       key: of dropout, or None.
 
     Returns:
-      The last layer's states, and what the layers found, stacked on a first axis [L, ...].
+      The last layer's states.
     """
     config: ModelConfig = layers.config  # type: ignore[attr-defined]
     depth = config.decoder_layers
@@ -352,21 +362,18 @@ def run_pruned(
     keys = None if key is None else jax.random.split(key, depth)
     stacked = (layers.variables["params"], keys, by_layer)
 
-    def apply(x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, Any]:
+    def apply(x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, None]:
         params, key, here = own
         rngs = None if key is None else {"dropout": key}
         return layer.apply({"params": params}, x, here, shared, rngs=rngs, method=method)  # type: ignore[return-value]
 
     if config.remat:
         apply = jax.checkpoint(apply, prevent_cse=not config.scan_layers)
-    found = None
     if depth > 1:
         unroll = 1 if config.scan_layers else depth - 1
         others = jax.tree.map(lambda a: a[:-1], stacked)
-        x, found = jax.lax.scan(lambda x, own: apply(x, own, shared[0]), x, others, unroll=unroll)
-    x, last = apply(x, jax.tree.map(lambda a: a[-1], stacked), shared[1])
-    one = jax.tree.map(lambda a: a[None], last)
-    return x, one if depth == 1 else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), found, one)
+        x, _ = jax.lax.scan(lambda x, own: apply(x, own, shared[0]), x, others, unroll=unroll)
+    return apply(x, jax.tree.map(lambda a: a[-1], stacked), shared[1])[0]
 
 
 def layer_norm(config: ModelConfig) -> nn.Module:
@@ -396,12 +403,12 @@ def _by_head(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -3, -2)
 
 
-def _write_cells(cache: jax.Array, fresh: jax.Array, start: jax.Array) -> jax.Array:
-    """`cache` [B, P, H, K] with `fresh` [B, n, H, K] from cell `start` ([] or [B]) on."""
+def _write_cells(cache: jax.Array, fresh: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+    """`cache` with `fresh` from cell `start` ([] or [B]) on, cells lying along `axis`."""
     fresh = fresh.astype(cache.dtype)
     if start.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(cache, fresh, start, axis=1)
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(cache, fresh, start, axis=axis)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
     return jax.vmap(write)(cache, fresh, start)
 
 
