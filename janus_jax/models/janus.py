@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from janus_jax.models.transformer import (
     Sight,
     keep,
     layer_norm,
+    run_cached,
     run_pruned,
     sinusoidal_positions,
     stack,
@@ -95,8 +95,7 @@ class ArCache:
     A beam that goes on from another one does not copy its content: `sources` says whose it sees.
     """
 
-    # Keys [B, H, K, P] and values [B, H, P, K] of each layer; P = places x beams, cell place * beams + beam.
-    # Not stacked over layers: that would be taken apart and put together each step; this is written in place.
+    # Of each layer, [B, H, K, P] and [B, H, P, K]; P = places x beams, cell place * beams + beam.
     content: tuple[KeysValues, ...]
     sources: jax.Array  # [B, G, T] int32: the beam whose cell holds this beam's token at each place
 
@@ -167,17 +166,8 @@ class Decoder(nn.Module):
         The states are those of the AR slots that predict, and of the canvas.
         """
         x = self.input(tokens, positions)
-        layer = DecoderLayer(self.config, parent=None)
-        stacked, written = (self.layers.variables["params"], memory.layers), []
-        for n, cells in enumerate(content):
-            params, source = jax.tree.map(operator.itemgetter(n), stacked)
-            if n == len(content) - 1 and sight.ar > sight.content:
-                # content slots have no other reader in the last layer than the cache
-                sight = dataclasses.replace(sight, kept=sight.content)
-            found: Any = layer.apply({"params": params}, x, cells, sight, source, memory.mask, method="step")
-            x = found[0]
-            written.append(found[1])
-        return self._finish(x), tuple(written)
+        x, content = run_cached(self.layers, x, content, sight, memory.layers, memory.mask)
+        return self._finish(x), content
 
     def _layers(
         self, method: str, x: jax.Array, by_layer: Any, plan: Plan, shared: Callable[[Plan], Any]

@@ -14,7 +14,9 @@ Room: pure core, models.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -374,6 +376,43 @@ def run_pruned(
         others = jax.tree.map(lambda a: a[:-1], stacked)
         x, _ = jax.lax.scan(lambda x, own: apply(x, own, shared[0]), x, others, unroll=unroll)
     return apply(x, jax.tree.map(lambda a: a[-1], stacked), shared[1])[0]
+
+
+def run_cached(
+    layers: nn.Module,
+    x: jax.Array,
+    content: tuple[KeysValues, ...],
+    sight: Sight,
+    memory: KeysValues,
+    source_mask: jax.Array,
+) -> tuple[jax.Array, tuple[KeysValues, ...]]:
+    """`DecoderLayer.step` of each layer of a `stack`, one after the other whatever `scan_layers` says.
+
+    A scan would want the cache stacked over layers, to take it apart and put it together at each step; so
+    each layer's own is written in place.
+
+    Args:
+      layers: the bound stack, with its parameters.
+      x: [B, N, D].
+      content: the cells of each layer.
+      sight: what the slots see, the same in all layers.
+      memory: the source, projected for every layer: on a first axis [L, ...].
+      source_mask: [B, 1, S].
+
+    Returns:
+      The last layer's states of the AR slots that predict and of the canvas, and the cells.
+    """
+    layer = DecoderLayer(layers.config, parent=None)  # type: ignore[attr-defined]
+    stacked, written = (layers.variables["params"], memory), []
+    for n, cells in enumerate(content):
+        params, source = jax.tree.map(operator.itemgetter(n), stacked)
+        if n == len(content) - 1 and sight.ar > sight.content:
+            # Content slots have no other reader in the last layer than the cache.
+            sight = dataclasses.replace(sight, kept=sight.content)
+        found: Any = layer.apply({"params": params}, x, cells, sight, source, source_mask, method="step")
+        x = found[0]
+        written.append(found[1])
+    return x, tuple(written)
 
 
 def layer_norm(config: ModelConfig) -> nn.Module:
