@@ -5,7 +5,7 @@
 FOLDER holds the raw files (train.de.gz, train.en.gz, val.de.gz, ...); without the key they are downloaded.
 Baselines on equal terms: --config.loss.objective=ar (or cmlm, rdrop) and another --workdir.
 
-20 epochs.  docs/results.md has five, in the other direction: launch/tables/multi30k.sh --scale=cpu.
+20 epochs.  launch/tables has five, in the other direction: launch/tables/multi30k.sh --scale=cpu.
 """
 
 import ml_collections
