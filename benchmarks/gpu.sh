@@ -6,13 +6,16 @@
 # OUT (default runs/benchmarks-gpu) gets JSON, tables, pictures and one log for each part; RUN, a trained run, adds
 # the quality/speed curve.  The update of the WMT14 size comes with its utilisation and a profile.  Makes
 # .venv-gpu (jax with CUDA) and .venv-peers first.  A part that fails is named at the end with its reason, and the
-# others go on.  CUDA=cuda13 chooses another build of jax; TORCH another torch.
+# others go on.  CUDA=cuda13 chooses another build of jax; TORCH another torch.  On a machine that has them all,
+# PYTHON=python3 PEERS=python3 installs nothing: jax for GPUs and what we need in the one, torch and transformers
+# in the other.  PARTS="peers step" does these parts alone (curve, peers, peers-base, growth, step-wmt14, step).
 set -uo pipefail
-case "${1:-}" in -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.." || exit 1
 out=${1:-runs/benchmarks-gpu} run=${2:-}
 venv=.venv-gpu
-python=$venv/bin/python
+python=${PYTHON:-$venv/bin/python}
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}
 mkdir -p "$out" || exit 1
 failed=()
 
@@ -20,12 +23,13 @@ failed=()
 part() {
   local name=$1
   shift
+  case " ${PARTS:-$name} install device " in *" $name "* | *" ${name%-[0-9]*} "*) ;; *) return ;; esac
   echo "+ $*" >&2
   if ! "$@" >"$out/$name.log" 2>&1; then failed+=("$name: $(tail -n 1 "$out/$name.log")"); fi
 }
 
 install() {
-  [ -e "$venv/.ready" ] && return
+  [ -n "${PYTHON:-}" ] || [ -e "$venv/.ready" ] && return
   python3 -m venv "$venv" && "$python" -m pip install --quiet -e . "jax[${CUDA:-cuda12}]" && touch "$venv/.ready"
 }
 
@@ -33,13 +37,20 @@ part install install
 part device "$python" -c 'import jax; d = jax.devices(); print(d); raise SystemExit(d[0].platform != "gpu" and f"no GPU: {d}")'
 if [ ${#failed[@]} = 0 ]; then
   if [ -n "$run" ]; then part curve "$python" -m benchmarks.curve --workdir="$run" --output_dir="$out" --dtype=bfloat16; fi
-  part peers env PYTHON="$python" benchmarks/peers.sh --output_dir="$out" --dtype=bfloat16
-  part peers-base env PYTHON="$python" benchmarks/peers.sh --output_dir="$out/base" --size=base --dtype=bfloat16
+  # Where the peers' python is given, it is taken as it is; else peers.sh makes one.
+  peers=(env PYTHON="$python" benchmarks/peers.sh)
+  [ -z "${PEERS:-}" ] || peers=("$python" -m benchmarks.peers --python="$PEERS")
+  export XLA_PYTHON_CLIENT_MEM_FRACTION=.5 # the peers want some of it
+  part peers "${peers[@]}" --output_dir="$out" --dtype=bfloat16
+  part peers-base "${peers[@]}" --output_dir="$out/base" --size=base --dtype=bfloat16
+  unset XLA_PYTHON_CLIENT_MEM_FRACTION
   part growth "$python" -m benchmarks.growth --output_dir="$out" --dtype=bfloat16
-  # The WMT14 size, at batches that fill the chip more and more; the last that fits is the figure.
+  # The WMT14 size, at batches that fill the chip more and more; the last that fits is the figure.  No CUDA graphs,
+  # so that the profile knows every kernel.
   for tokens in 16384 32768 65536; do
-    part "step-wmt14-$tokens" "$python" -m benchmarks.step --config=configs/wmt14_ende.py --length=64 --systems=gathered,AR \
-      "--config.batch.tokens=$tokens" "--profile=$out/trace-$tokens" "--json=$out/step-wmt14-$tokens.json"
+    part "step-wmt14-$tokens" env XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=" "$python" -m benchmarks.step \
+      --config=configs/wmt14_ende.py --length=64 --systems=gathered,AR "--config.batch.tokens=$tokens" \
+      --config.loss.chunk=8192 "--profile=$out/trace-$tokens" "--json=$out/step-wmt14-$tokens.json"
   done
   part step "$python" -m benchmarks.step --config.model.dtype=bfloat16 "--json=$out/step.json"
 fi

@@ -3,6 +3,8 @@
 XLA names every instruction and says which line of the model it came from (`op_name`); the profiler says how
 long each took.  Together: seconds of the encoder's attention, of the loss, of the optimiser, forward and
 backward.  Threads and streams that work side by side are added up, so shares are of work, not of the clock.
+Inside a CUDA graph a library's kernels bear no name of ours: XLA_FLAGS=--xla_gpu_enable_command_buffer= does
+without graphs.
 
 Room: beside the package.  [disk, devices].
 """
@@ -64,9 +66,15 @@ def seconds_by_part(path: Path, program: str) -> dict[str, float]:
     known = origins(program)
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         events = json.load(lines)["traceEvents"]
+    held = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+    devices = {pid for pid, name in held.items() if name.startswith("/device:")}
     found: Counter[str] = Counter()
     for event in events:
-        name = event.get("args", {}).get("hlo_op", event.get("name", ""))
-        if event.get("ph") == "X" and name in known:
+        if devices and event.get("pid") not in devices:
+            continue  # the host's own events, which bear the names of what it launches
+        # Inside a CUDA graph the instruction is that of the graph, and a kernel bears its own fusion's name.
+        names = (event.get("name", ""), event.get("args", {}).get("hlo_op", ""))
+        name = next((name for name in names if name in known), None)
+        if event.get("ph") == "X" and name:
             found[part(known[name])] += event["dur"] / 1e6
     return dict(found.most_common())

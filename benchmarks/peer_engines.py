@@ -50,8 +50,9 @@ class Engines:
                 system = f"{name}, {'greedy' if beam == GREEDY else f'beam {beam}'}"
                 self.decode[system] = decoders(beam)
                 described[system] = {"engine": engine, "precision": precision, "beam": beam}
+        there = {found.name.lower(): found.version for found in importlib.metadata.distributions()}
         packages = ("torch", "transformers", "ctranslate2", "numpy")
-        versions = {package: importlib.metadata.version(package) for package in packages}
+        versions = {package: there[package] for package in packages if package in there}
         return {"systems": described, "absent": absent, "versions": versions}
 
     def run(self, system: str, source: list[list[int]], length: int, calls: int) -> dict[str, Any]:

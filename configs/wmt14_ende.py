@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.max_positions = 256
     config.model.dropout = 0.2
     config.model.dtype = "bfloat16"
-    config.model.scan_layers = True
+    config.model.scan_layers = False  # 0.72 of the time of a scan on an H200, docs/performance.md
     config.loss.chunk = 1024
     config.optim.lr = 7e-4
     config.optim.warmup_steps = 10_000

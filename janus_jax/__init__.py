@@ -25,5 +25,8 @@ def __getattr__(name: str) -> Any:
     if name == "Translator":
         return importlib.import_module("janus_jax.translator").Translator
     if name == "__version__":
-        return importlib.metadata.version("janus-jax")
+        try:
+            return importlib.metadata.version("janus-jax")
+        except importlib.metadata.PackageNotFoundError:
+            return "source"  # a checkout that is on the path, but not installed
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,8 +5,10 @@ slots that an objective reads are listed first (those in M for JANUS's three dis
 KLs, the other tokens for AR alone) and walked in chunks; slots that nobody reads (padding, NAR and
 AUX outside M) cost nothing.
 
-The gradient of a chunk is taken on the spot, while its logits are there, and added up: no logits are
-kept for the backward pass, nor computed twice.  Memory is that of one chunk, whatever B x T x V.
+The gradient of a chunk is taken on the spot, while its logits are there: no logits are kept for the
+backward pass, nor computed twice.  Memory is that of one chunk, whatever B x T x V.  The derivative by the
+logits is written out (`_gradients`), as on a GPU the loss is bound by how often [c, V] arrays are read and
+written: reduced twice (log-sum-exp, then everything that needs it), and written once, in the model's dtype.
 
 A batch whose rows lie on several devices (of the mesh that is set) is walked in as many shares at once,
 each of the rows of one device, so that listing and gathering slots move nothing between devices.
@@ -205,12 +207,10 @@ def _one_walk(
 ) -> Tree:
     """Adds what the slots `where` [G, n] contribute to `found`, chunk by chunk."""
     _, project, size, smoothing = static
-    of_chunk: Callable[..., Any] = functools.partial(_chunk, walk, project, smoothing)
-    if gradient:
-        of_chunk = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)
+    of_chunk: Callable[..., Any] = functools.partial(_chunk, walk, project, smoothing, gradient)
     of_chunk = jax.vmap(of_chunk, in_axes=(0, None, 0, 0, None), spmd_axis_name=sharding.ROWS)
-    order = jnp.argsort(~where, axis=1, stable=True)  # the chosen slots, then the others
-    order = jnp.pad(order, ((0, 0), (0, -order.shape[1] % size)))
+    listed = jnp.argsort(~where, axis=1, stable=True)  # the chosen slots, then the others
+    order = jnp.pad(listed, ((0, 0), (0, -listed.shape[1] % size)))
     count = jnp.sum(where, axis=1, dtype=jnp.int32)
     last = jnp.max(count)
 
@@ -223,17 +223,25 @@ def _one_walk(
         item = (start + jnp.arange(size) < count[:, None]).astype(jnp.float32)
         here = {n: jnp.take_along_axis(states[n], slots[..., None], axis=1) for n in walk.streams}
         truth = jnp.take_along_axis(target, slots, axis=1)
-        value = of_chunk(here, projection, truth, item, scales)
+        value, here_sums, *by = of_chunk(here, projection, truth, item, scales)
         if gradient:
-            value, (by_states, by_projection) = value
-            moved, apart = gradients[0]
-            moved = {**moved, **{n: _add_rows(moved[n], slots, dx) for n, dx in by_states.items()}}
-            gradients = [(moved, jax.tree.map(lambda a, g: _apart(a + g), apart, by_projection))]
-        sums = {**sums, **{name: sums[name] + x for name, x in value[1].items()}}
-        return start + size, (total + value[0], sums, *gradients)
+            written, apart = gradients[0]
+            written = {n: _write(x, by[0][n], start) for n, x in written.items()}
+            gradients = [(written, jax.tree.map(lambda a, g: _apart(a + g), apart, by[1]))]
+        sums = {**sums, **{name: sums[name] + x for name, x in here_sums.items()}}
+        return start + size, (total + value, sums, *gradients)
 
     with jax.named_scope(f"loss_{walk.slots}"):
-        return jax.lax.while_loop(more, step, (jnp.int32(0), found))[1]
+        if not gradient:
+            return jax.lax.while_loop(more, step, (jnp.int32(0), found))[1]
+        # Gradients by states are written one after the other, as walked, and put in their places once.
+        total, sums, (by_states, apart) = found
+        written = {n: jnp.zeros((*order.shape, states[n].shape[-1]), states[n].dtype) for n in walk.streams}
+        carry = (jnp.int32(0), (total, sums, (written, apart)))
+        total, sums, (written, apart) = jax.lax.while_loop(more, step, carry)[1]
+        places = jnp.argsort(listed, axis=1)[..., None]
+        moved = {n: by_states[n] + jnp.take_along_axis(x, places, axis=1) for n, x in written.items()}
+        return total, sums, ({**by_states, **moved}, apart)
 
 
 def _apart(gradient: jax.Array) -> jax.Array:
@@ -241,30 +249,82 @@ def _apart(gradient: jax.Array) -> jax.Array:
     return sharding.constrain(gradient, sharding.ROWS, sharding.TENSOR)
 
 
-@jax.vmap
-def _add_rows(x: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
-    """Adds `rows` [G, c, D] to `x` [G, n, D] at the places `at` [G, c]."""
-    return x.at[at].add(rows)
+def _write(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    """`x` [G, n, D] with `rows` [G, c, D] from slot `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(x, rows.astype(x.dtype), start, axis=1)
 
 
 def _chunk(
     walk: Walk,
     project: Project,
     smoothing: float,
+    gradient: bool,
     states: Arrays,
     projection: Tree,
     truth: jax.Array,
     item: jax.Array,
     scales: Arrays,
-) -> tuple[jax.Array, Arrays]:
-    """States {stream: [c, D]}, truth [c], item [c] (1, or 0 for a slot not chosen) -> (objective, sums)."""
-    logits = {n: sharding.constrain(project(projection, x), None, sharding.TENSOR) for n, x in states.items()}
+) -> tuple[Any, ...]:
+    """States {stream: [c, D]}, truth [c], item [c] (1, or 0 for a slot not chosen) -> (objective, sums).
+
+    With `gradient` also the gradients by states and by the projection.
+    """
+
+    def logits_of(states: Arrays, projection: Tree) -> Arrays:
+        return {
+            n: sharding.constrain(project(projection, x), None, sharding.TENSOR) for n, x in states.items()
+        }
+
+    if gradient:
+        logits, pull_back = jax.vjp(logits_of, states, projection)
+    else:
+        logits = logits_of(states, projection)
     log_p = {name: jax.nn.log_softmax(x, axis=-1) for name, x in logits.items()}
     sums = {name: jnp.float32(0) for name in walk.terms()}
     for term, stream in walk.cross_entropies:
         smoothed, nll = losses.label_smoothed(log_p[stream], truth, smoothing)
         sums[term] += jnp.sum(smoothed * item)
         sums[f"nll_{term}"] += jnp.sum(nll * item)
+    one_way = {}  # [c], KL of left from right and of right from left
     for term, left, right in walk.divergences:
-        sums[term] += jnp.sum(losses.symmetric_kl(log_p[left], log_p[right]) * item)
-    return jnp.sum(jnp.stack([scales[n] * sums[n] for n in sums if n in scales])), sums
+        one_way[term] = (_kl(log_p[left], log_p[right]), _kl(log_p[right], log_p[left]))
+        sums[term] += jnp.sum(0.5 * (one_way[term][0] + one_way[term][1]) * item)
+    value = jnp.sum(jnp.stack([scales[n] * sums[n] for n in sums if n in scales]))
+    if not gradient:
+        return value, sums
+    by_logits = _gradients(walk, smoothing, log_p, one_way, truth, item, scales)
+    return value, sums, *pull_back(by_logits)
+
+
+def _gradients(
+    walk: Walk,
+    smoothing: float,
+    log_p: Arrays,
+    one_way: Mapping[str, tuple[jax.Array, jax.Array]],
+    truth: jax.Array,
+    item: jax.Array,
+    scales: Arrays,
+) -> Arrays:
+    """What `jax.grad` would find by the logits, {stream: [c, V]}.
+
+    With p the softmax of logits z, y the truth smoothed, and d = log p - log q:
+      cross-entropy of p       by z: p - y
+      (KL(p||q) + KL(q||p)) / 2    : (p d + p - q - p KL(p||q)) / 2
+    """
+    found = {name: jnp.float32(0) for name in log_p}
+    p = {name: jnp.exp(x) for name, x in log_p.items()}
+    for term, stream in walk.cross_entropies:
+        size = log_p[stream].shape[-1]
+        here = truth[:, None] == jnp.arange(size)
+        smoothed = jnp.where(here, 1 - smoothing, 0.0) + smoothing / size
+        found[stream] += scales[term] * (p[stream] - smoothed)
+    for term, *pair in walk.divergences:
+        for (one, other), kl in zip((pair, pair[::-1]), one_way[term], strict=True):
+            apart = log_p[one] - log_p[other]
+            found[one] += scales[term] * 0.5 * (p[one] * (apart + 1 - kl[:, None]) - p[other])
+    return {name: x * item[:, None] for name, x in found.items()}
+
+
+def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(p||q): two of [c, V] -> [c]."""
+    return losses.product_of_rows(jnp.exp(log_p), log_p - log_q)

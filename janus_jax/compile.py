@@ -199,6 +199,7 @@ _MODEL_KEYS = (
     "dtype",
     "scan_layers",
     "remat",
+    "remat_keep",
 )
 NOTE = (
     "memory, FLOPs and collectives are those of the compiled program; seconds, tokens/s and utilisation are "

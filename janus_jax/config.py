@@ -113,6 +113,7 @@ class ModelConfig:
     dtype: str = "float32"  # float32 | bfloat16 computation; parameters are always float32
     scan_layers: bool = False  # compile one layer and loop; same parameters either way
     remat: bool = False  # recompute layer activations in the backward pass
+    remat_keep: str = "nothing"  # nothing | products: with the latter, no matrix product is computed again
     ids: SpecialIds = field(default_factory=SpecialIds)
 
 
@@ -359,6 +360,7 @@ def _faults(c: Config) -> Iterator[str]:
     yield from one_of("model.norm", ("post", "pre"))
     yield from one_of("model.positions", ("learned", "sinusoidal"))
     yield from one_of("model.activation", ("relu", "gelu"))
+    yield from one_of("model.remat_keep", ("nothing", "products"))
     yield from one_of("model.dtype", ("float32", "bfloat16"))
     yield from one_of("batch.sampler", SAMPLERS)
     yield from one_of("batch.order", ORDERS)

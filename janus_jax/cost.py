@@ -55,7 +55,7 @@ def train_step(config: Config, rows: int, length: int, walks: int = 1) -> Flops:
             slots = rows / walks * walk.per_row
             empty += walk.streams * (math.ceil(slots / config.loss.chunk) * config.loss.chunk - slots)
     wasted = 3 * empty * walks * 2 * c.dim * c.vocab_size
-    return Flops(total, total + wasted + (layers if c.remat else 0.0))
+    return Flops(total, total + wasted + (layers if c.remat and c.remat_keep == "nothing" else 0.0))
 
 
 def encoder(c: ModelConfig, rows: float, length: float) -> float:

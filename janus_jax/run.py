@@ -36,7 +36,7 @@ BOUND = "vocabulary.sha256"  # beside the checkpoints: the vocabulary that they 
 # What may change between two starts of the same run; all other keys define it.
 FREE = ("data.dir", "data.raw_dir", "data.dev_split", "data.test_split", "batch.workers", "batch.prefetch")
 FREE_SECTIONS = ("train.", "decode.", "mesh.")
-FREE_MODEL = ("model.scan_layers", "model.remat")
+FREE_MODEL = ("model.scan_layers", "model.remat", "model.remat_keep")
 
 
 class RunError(ValueError):

@@ -60,6 +60,7 @@ IDLE = (
     "loss.gather",
     "model.scan_layers",
     "model.remat",
+    "model.remat_keep",
     "train.microbatches",
     "train.log_every",
     "train.keep_last",

@@ -84,6 +84,8 @@ def test_layers_under_remat_are_computed_once_more():
     plain, again = cost.train_step(configuration(), 4, 12), cost.train_step(configuration(remat=True), 4, 12)
     assert again.model == plain.model
     assert plain.model < again.executed < 4 / 3 * plain.model
+    kept = cost.train_step(configuration(remat=True, remat_keep="products"), 4, 12)
+    assert kept.executed == plain.executed
 
 
 def test_xla_agrees_where_there_are_no_loops():

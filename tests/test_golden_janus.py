@@ -260,12 +260,16 @@ def test_the_gradient_of_every_parameter(janus, reference_gradient):
     assert_gradients_close(janus[1], reference_gradient)
 
 
-@pytest.mark.parametrize("option", ["scan_layers", "remat"])
+@pytest.mark.parametrize(
+    "option",
+    [{"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True, "remat_keep": "products"}],
+    ids=["scan_layers", "remat", "remat but for products"],
+)
 def test_scanned_and_rematerialised_layers_give_the_same_numbers(
     loaded, batch, janus, reference_gradient, option
 ):
     config, params = loaded
-    config = dataclasses.replace(config, **{option: True})
+    config = dataclasses.replace(config, **option)
     (total, found), gradient = loss_and_gradient(params, batch, config, LossConfig())
     assert_gradients_close(gradient, reference_gradient)
     np.testing.assert_allclose(total, janus[0][0], rtol=1e-6)

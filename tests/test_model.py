@@ -611,3 +611,35 @@ def test_dropout_is_on_exactly_when_a_key_is_given(params, batch, whole, rate):
         assert (getattr(one, name) != getattr(other, name)).any()
         assert np.isfinite(getattr(one, name)).all()
     close(apply(None).ar[:, 1:], whole.ar[:, 1:])
+
+
+def test_dropping_everything_leaves_nothing_and_no_nan(params, batch):
+    config = dataclasses.replace(BASE, dropout=1.0)
+
+    def total(params):
+        outputs = Janus(config).apply({"params": params}, *batch, rngs={"dropout": jax.random.key(0)})
+        return jnp.sum(outputs.ar) + jnp.sum(outputs.nar)
+
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(total))(params)))
+
+
+def test_remat_that_keeps_products_draws_the_same_and_multiplies_no_more(batch):
+    plain = dataclasses.replace(BASE, dropout=0.3, encoder_layers=1, decoder_layers=2, scan_layers=True)
+    params = random_params(plain)
+
+    def gradient_of(**changes):
+        model = Janus(dataclasses.replace(plain, **changes))
+
+        def total(params):
+            rngs = {"dropout": jax.random.key(0)}
+            return jnp.mean(jnp.sin(model.apply({"params": params}, *batch, rngs=rngs, aux=False).ar))
+
+        return jax.grad(total)
+
+    def products(gradient):
+        return str(jax.make_jaxpr(gradient)(params)).count("dot_general[")
+
+    without, kept = gradient_of(), gradient_of(remat=True, remat_keep="products")
+    assert products(without) == products(kept) < products(gradient_of(remat=True))
+    found, expected = (jax.jit(gradient)(params) for gradient in (kept, without))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found, expected)

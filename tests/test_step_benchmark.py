@@ -1,6 +1,7 @@
 """The systems that benchmarks/step.py times compute the same thing, and its command holds."""
 
 import functools
+import gzip
 import itertools
 import json
 
@@ -106,6 +107,33 @@ ENTRY %main (a: f32[8,8]) -> f32[8] {
         "fusion.3": "decoder, cross-attention, backward",
         "copy.4": parts.OTHER,
     }
+
+
+def test_kernels_of_a_cuda_graph_are_found_and_the_host_is_not_counted(tmp_path):
+    """Inside a graph the event's instruction is the graph, and its name is the fusion's."""
+    program = """
+ENTRY %main (a: f32[8,8]) -> f32[8] {
+  %fusion.1 = f32[8,8]{1,0} fusion(%a), metadata={op_name="jit(f)/jvp(J)/encoder/ffn/rise/dot_general"}
+  ROOT %dot.3 = f32[8]{0} dot(%c), metadata={op_name="jit(f)/transpose(jvp(J))/decoder/cross"}
+}
+"""
+    events = [
+        {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "/device:GPU:0"}},
+        {"ph": "M", "pid": 2, "name": "process_name", "args": {"name": "/host:CPU"}},
+        {"ph": "X", "pid": 1, "name": "fusion.1", "dur": 5.0, "args": {"hlo_op": "command_buffer"}},
+        {"ph": "X", "pid": 1, "name": "nvjet_sm90", "dur": 7.0, "args": {"hlo_op": "dot.3"}},
+        {"ph": "X", "pid": 1, "name": "nvjet_sm90", "dur": 11.0, "args": {"hlo_op": "command_buffer"}},
+        {"ph": "X", "pid": 2, "name": "dot.3", "dur": 90.0},
+    ]
+    path = tmp_path / "trace.json.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        json.dump({"traceEvents": events}, file)
+    found = parts.seconds_by_part(path, program)
+    assert found == {"decoder, cross-attention, backward": 7e-6, "encoder, feed-forward, forward": 5e-6}
+    events = [{**event, "pid": 2} for event in events if event["ph"] == "X"]  # all on the host, as a CPU
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        json.dump({"traceEvents": events}, file)
+    assert parts.seconds_by_part(path, program)["decoder, cross-attention, backward"] == pytest.approx(97e-6)
 
 
 @pytest.mark.parametrize(

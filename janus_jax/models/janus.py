@@ -67,9 +67,25 @@ class Projection(NamedTuple):
 
 def project(projection: Projection, states: jax.Array) -> jax.Array:
     """States [.., D] -> vocabulary logits [.., V] float32."""
-    table = projection.table.astype(states.dtype)
-    scores = jnp.einsum("...d,vd->...v", states, table, preferred_element_type=jnp.float32)
+    scores = _scores(states, projection.table)
     return scores if projection.bias is None else scores + projection.bias
+
+
+@jax.custom_vjp
+def _scores(states: jax.Array, table: jax.Array) -> jax.Array:
+    """[.., D], [V, D] -> [.., V] float32; products of its gradient are made in the dtype of `states`, too."""
+    return jnp.einsum("...d,vd->...v", states, table.astype(states.dtype), preferred_element_type=jnp.float32)
+
+
+def _scores_backward(kept: tuple[jax.Array, jax.Array], by_scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    states, table = kept
+    # Left to itself, jax multiplies the float32 gradient with what is bfloat16, at the price of float32.
+    by_scores = by_scores.astype(states.dtype)
+    by_table = jnp.einsum("...v,...d->vd", by_scores, states, preferred_element_type=jnp.float32)
+    return jnp.einsum("...v,vd->...d", by_scores, table.astype(states.dtype)), by_table.astype(table.dtype)
+
+
+_scores.defvjp(lambda states, table: (_scores(states, table), (states, table)), _scores_backward)
 
 
 def output_projection(params: Params, config: ModelConfig) -> Projection:

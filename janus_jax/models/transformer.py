@@ -24,6 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from janus_jax.config import ModelConfig
 from janus_jax.models.members import Members, pick
@@ -76,6 +77,8 @@ def keep(x: jax.Array, kept: tuple[Kept, ...] | None) -> jax.Array:
     chosen = [run if members is None else pick(run, members) for run, members in runs]
     return constrain(jnp.concatenate(chosen, axis=1), ROWS)
 
+
+DRAWN = "drawn"  # the name of dropout's masks
 
 WINDOWS = 3  # most sizes that a cache is read in
 LEAST_WINDOW = 16  # cells of the smallest
@@ -322,7 +325,7 @@ def stack(layer: type[_Layer], config: ModelConfig, depth: int, methods: tuple[s
     `scan_layers` compiles one layer and loops over it; without it the loop is unrolled.  The
     parameters, and the results, are the same.
     """
-    body = nn.remat(layer, prevent_cse=not config.scan_layers) if config.remat else layer
+    body = nn.remat(layer, **remat_options(config)) if config.remat else layer
     return nn.scan(
         body,
         variable_axes={"params": 0},
@@ -332,6 +335,17 @@ def stack(layer: type[_Layer], config: ModelConfig, depth: int, methods: tuple[s
         unroll=1 if config.scan_layers else depth,
         methods=methods,
     )(config)
+
+
+def remat_options(config: ModelConfig) -> dict[str, Any]:
+    """What `jax.checkpoint` is told about a layer."""
+    policies = jax.checkpoint_policies
+    keep = None
+    if config.remat_keep == "products":
+        # And what was drawn: to draw again costs more than to read.
+        drawn = policies.save_only_these_names(DRAWN)
+        keep = policies.save_from_both_policies(policies.dots_saveable, drawn)
+    return {"prevent_cse": not config.scan_layers, "policy": keep}
 
 
 def run_pruned(
@@ -370,7 +384,7 @@ def run_pruned(
         return layer.apply({"params": params}, x, here, shared, rngs=rngs, method=method)  # type: ignore[return-value]
 
     if config.remat:
-        apply = jax.checkpoint(apply, prevent_cse=not config.scan_layers)
+        apply = jax.checkpoint(apply, **remat_options(config))
     if depth > 1:
         unroll = 1 if config.scan_layers else depth - 1
         others = jax.tree.map(lambda a: a[:-1], stacked)
@@ -455,4 +469,16 @@ def _dropout(module: nn.Module, rate: float) -> Callable[[jax.Array], jax.Array]
     """Dropout that is on exactly when a "dropout" key was given."""
     if rate == 0.0 or not module.has_rng("dropout"):
         return lambda x: x
-    return nn.Dropout(rate, deterministic=False)
+    return Dropout(rate, deterministic=False)
+
+
+class Dropout(nn.Dropout):
+    """Flax's, with the mask under a name, so that `model.remat_keep` can keep it."""
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:  # type: ignore[override]
+        """Zeros for a share `rate` of the entries, the others grown by as much."""
+        if self.rate == 1.0:
+            return jnp.zeros_like(inputs)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, inputs.shape)
+        return jnp.where(checkpoint_name(kept, DRAWN), inputs / (1.0 - self.rate), 0)
