@@ -231,14 +231,19 @@ def _one_walk(
         sums = {**sums, **{name: sums[name] + x for name, x in here_sums.items()}}
         return start + size, (total + value, sums, *gradients)
 
+    def all_chunks(found: Tree) -> Tree:
+        start = (jnp.int32(0), found)
+        if order.shape[1] == size:  # one chunk holds all: no loop, at whose turns a host waits for its GPU
+            return step(start)[1]
+        return jax.lax.while_loop(more, step, start)[1]
+
     with jax.named_scope(f"loss_{walk.slots}"):
         if not gradient:
-            return jax.lax.while_loop(more, step, (jnp.int32(0), found))[1]
+            return all_chunks(found)
         # Gradients by states are written one after the other, as walked, and put in their places once.
         total, sums, (by_states, apart) = found
         written = {n: jnp.zeros((*order.shape, states[n].shape[-1]), states[n].dtype) for n in walk.streams}
-        carry = (jnp.int32(0), (total, sums, (written, apart)))
-        total, sums, (written, apart) = jax.lax.while_loop(more, step, carry)[1]
+        total, sums, (written, apart) = all_chunks((total, sums, (written, apart)))
         places = jnp.argsort(listed, axis=1)[..., None]
         moved = {n: by_states[n] + jnp.take_along_axis(x, places, axis=1) for n, x in written.items()}
         return total, sums, ({**by_states, **moved}, apart)
