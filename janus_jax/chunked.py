@@ -8,7 +8,7 @@ AUX outside M) cost nothing.
 The gradient of a chunk is taken on the spot, while its logits are there: no logits are kept for the
 backward pass, nor computed twice.  Memory is that of one chunk, whatever B x T x V.  The derivative by the
 logits is written out (`_gradients`), as on a GPU the loss is bound by how often [c, V] arrays are read and
-written: reduced twice (log-sum-exp, then everything that needs it), and written once, in the model's dtype.
+written: the logits once and their gradient once, the latter in the model's dtype.
 
 A batch whose rows lie on several devices (of the mesh that is set) is walked in as many shares at once,
 each of the rows of one device, so that listing and gathering slots move nothing between devices.
