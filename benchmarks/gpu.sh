@@ -15,6 +15,7 @@ cd "$(dirname "$0")/.." || exit 1
 out=${1:-runs/benchmarks-gpu} run=${2:-}
 venv=.venv-gpu
 python=${PYTHON:-$venv/bin/python}
+# Kept, so that a second call is sooner at work; what it then says of compiling is the time to read it.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}
 mkdir -p "$out" || exit 1
 failed=()
