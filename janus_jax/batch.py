@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,17 +29,6 @@ TRAIN_STREAM, EVAL_STREAM = 0, 1  # streams of `example_rng`
 
 _LONGEST_SPAN = 127  # the table of span lengths ends here at the latest
 _SMALLEST_PROBABILITY = 1e-7  # ... and where the tail of the Poisson falls below this
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One pair of a split, ready to be put in a batch."""
-
-    index: int  # its number in the split
-    source: np.ndarray  # [S] int32, BOS ... EOS
-    target: np.ndarray  # [n] int32, BOS ... EOS
-    masked: np.ndarray  # [n] bool
-    turn: np.ndarray | None = None  # [n] int32, or None for the order of the sentence
 
 
 def spec(rows: int, length: int, order: str = "sentence") -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -56,84 +44,61 @@ def spec(rows: int, length: int, order: str = "sentence") -> dict[str, tuple[tup
     }
 
 
-def assemble(
-    examples: Sequence[Example | None], rows: int, length: int, pad: int, order: str = "sentence"
-) -> Batch:
-    """The batch of `examples`, in order, followed by filler rows up to `rows`; None is a filler row too.
-
-    `order` is `batch.order`: for random, each example has its turns.
-
-    Raises:
-      ValueError: more examples than rows, an example longer than `length`, or one without the turns
-        that `order` needs.
-    """
-    if len(examples) > rows:
-        raise ValueError(f"{len(examples)} examples do not fit into {rows} rows")
-    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec(rows, length, order).items()}
-    source, target, masked, index = (batch[k] for k in ("source", "target", "masked", "index"))
-    source.fill(pad)
-    target.fill(pad)
-    index.fill(FILLER)
-    for row, example in enumerate(examples):
-        if example is None:
-            continue
-        s, n = len(example.source), len(example.target)
-        if max(s, n) > length:
-            raise ValueError(f"example {example.index} has {s} and {n} tokens, more than {length}")
-        source[row, :s] = example.source
-        target[row, :n] = example.target
-        masked[row, :n] = example.masked
-        index[row] = example.index
-        if "turn" in batch:
-            if example.turn is None:
-                raise ValueError(f"example {example.index} has no turns, which batch.order = {order} needs")
-            batch["turn"][row, :n] = example.turn
-    return batch
-
-
 # -- corruption --------------------------------------------------------------------------------
 
 
 def corrupted(
-    index: int,
+    index: np.ndarray,
     source: np.ndarray,
     target: np.ndarray,
-    rng: np.random.Generator,
+    rngs: Sequence[np.random.Generator | None],
     config: BatchConfig,
     ids: SpecialIds,
-) -> Example:
-    """The pair with its set M, and the turns that `batch.order` asks for; M is the same in every order."""
-    masked = corrupt(target, rng, config, ids)
-    turn = draw_turns(masked, rng) if config.order == "random" else None
-    return Example(index, source, target, masked, turn)
-
-
-def corrupt(target: np.ndarray, rng: np.random.Generator, config: BatchConfig, ids: SpecialIds) -> np.ndarray:
-    """Draws the masked set M of one target (METHOD section 4).
+) -> Batch:
+    """The batch of padded pairs with their sets M, and the turns that `batch.order` asks for.
 
     Args:
-      target: [n] int32, BOS ... EOS without padding.
-      rng: where the draw comes from; see `example_rng`.
+      index: [B] int32, FILLER where a row holds no example.
+      source: [B, S] int32, BOS ... EOS PAD...; a filler row is all PAD.
+      target: [B, T] int32, likewise.
+      rngs: of each row, used up in order of row; None for fillers.  See `example_rng`.
+      config: names the sampler and its parameters; M is the same in every order.
+      ids: special symbols.
+    """
+    masked = corrupt(target, rngs, config, ids)
+    turn = {"turn": draw_turns(masked, rngs)} if config.order == "random" else {}
+    return {"source": source, "target": target, "masked": masked, "index": index, **turn}
+
+
+def corrupt(
+    target: np.ndarray, rngs: Sequence[np.random.Generator | None], config: BatchConfig, ids: SpecialIds
+) -> np.ndarray:
+    """Draws the masked set M of each target (METHOD section 4).
+
+    Args:
+      target: [B, T] int32, BOS ... EOS PAD...
+      rngs: where the draws of each row come from; a row's M depends on no other row, nor on T.
       config: names the sampler and its parameters.
       ids: a token that equals `ids.mask` looks masked to the decoder, so it counts as masked.
 
     Returns:
-      [n] bool, False at the first and the last position.  All False is possible in short targets.
+      [B, T] bool, False at a target's first and last position and beyond.  All False is possible in
+      short targets.
     """
-    n = len(target)
+    lengths = np.sum(target != ids.pad, axis=1)
     if config.sampler == "span":
-        masked = mask_span(n, rng, config.mask_rate, config.span_mean)
+        masked = mask_span(lengths, target.shape[1], rngs, config.mask_rate, config.span_mean)
     else:
-        masked = mask_uniform(n, rng)
-    masked |= target == ids.mask
-    masked[:1] = masked[-1:] = False
-    return masked
+        masked = mask_uniform(lengths, target.shape[1], rngs)
+    return (masked | (target == ids.mask)) & _inner(lengths, target.shape[1])
 
 
-def draw_turns(masked: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random order over M, [n] bool -> [n] int32: each place in M has its turn, from 0; 0 elsewhere."""
-    turns = np.zeros(len(masked), np.int32)
-    turns[masked] = rng.permutation(int(masked.sum()))
+def draw_turns(masked: np.ndarray, rngs: Sequence[np.random.Generator | None]) -> np.ndarray:
+    """A random order over each M, [B, T] bool -> [B, T] int32: turns from 0 on; 0 outside M."""
+    turns = np.zeros(masked.shape, np.int32)
+    for row, places, rng in zip(turns, masked, rngs, strict=True):
+        if rng:
+            row[places] = rng.permutation(int(places.sum()))
     return turns
 
 
@@ -149,37 +114,63 @@ def capacity(length: int, config: BatchConfig, ids: SpecialIds) -> int | None:
     return budget if budget < length - 2 else None
 
 
-def mask_span(n: int, rng: np.random.Generator, rate: float, mean: float) -> np.ndarray:
-    """[n] bool: a union of spans whose lengths add up to ceil(rate n); first and last never masked.
+def mask_span(
+    lengths: np.ndarray,
+    width: int,
+    rngs: Sequence[np.random.Generator | None],
+    rate: float,
+    mean: float,
+) -> np.ndarray:
+    """[B] lengths n -> [B, width] bool: unions of spans whose lengths add up to ceil(rate n).
 
     Span lengths are Poisson(mean), zero included, drawn until they exhaust the budget but at most n
     of them; the last one takes what is left of it.  Starts are distinct and uniform over all n
     positions.  Spans may overlap, one that would run past the end shrinks to one position, and BOS
     and EOS are unmasked afterwards: fewer than `rate` end up masked, in short targets perhaps none.
     """
-    budget = math.ceil(rate * n)
-    lengths = _span_lengths(mean).searchsorted(rng.random(n), side="right")
-    total = lengths.cumsum()
-    spans = min(int(total.searchsorted(budget)) + 1, n)  # there are n distinct starts
-    lengths = lengths[:spans]
-    lengths[-1:] += budget - total[spans - 1 : spans]
-    starts = rng.random(n).argsort()[:spans]
-    ends = starts + np.where(starts + lengths > n, 1, lengths)
+    drawn = np.full((2, len(lengths), width), 2.0)  # beyond the length: later than every draw
+    for rng, n, first, second in zip(rngs, lengths.tolist(), *drawn, strict=True):
+        if rng:
+            rng.random(out=first[:n])
+            rng.random(out=second[:n])
+    n, place = lengths[:, None], np.arange(width)
+    budget = np.ceil(rate * n).astype(np.int64)
+    spans = _span_lengths(mean).searchsorted(drawn[0], side="right") * (place < n)
+    total = spans.cumsum(axis=1)
+    count = np.minimum(np.sum(total < budget, axis=1, keepdims=True) + 1, n)  # there are n distinct starts
+    spans += (place == count - 1) * (budget - total)
+    starts = drawn[1].argsort(axis=1)
+    ends = starts + np.where(starts + spans > n, 1, spans)
     # +1 where a span begins, -1 behind its end: positive running sums lie inside some span.
-    edges = np.bincount(starts, minlength=n + 1) - np.bincount(ends, minlength=n + 1)
-    masked = edges[:n].cumsum() > 0
-    masked[:1] = masked[-1:] = False
-    return masked
+    row = np.arange(len(lengths))[:, None] * (width + 1)
+    size, taken = len(lengths) * (width + 1), place < count
+    begins, behind = (np.bincount((row + edge)[taken], minlength=size) for edge in (starts, ends))
+    masked = (begins - behind).reshape(-1, width + 1)[:, :width].cumsum(axis=1) > 0
+    return masked & _inner(lengths, width)
 
 
-def mask_uniform(n: int, rng: np.random.Generator) -> np.ndarray:
-    """[n] bool: k of the n - 2 inner positions, k uniform in 1 ... n - 2 (CMLM); none if n < 3."""
-    masked = np.zeros(n, np.bool_)
-    inner = n - 2
-    if inner > 0:
-        k = int(rng.random() * inner) + 1
-        masked[1 + np.argsort(rng.random(inner))[:k]] = True
-    return masked
+def mask_uniform(lengths: np.ndarray, width: int, rngs: Sequence[np.random.Generator | None]) -> np.ndarray:
+    """[B] lengths n -> [B, width] bool: k of the n - 2 inner positions, k uniform in 1 ... n - 2 (CMLM).
+
+    None where n < 3.
+    """
+    share = np.zeros(len(lengths))
+    drawn = np.full((len(lengths), width), 2.0)
+    for row, (rng, n) in enumerate(zip(rngs, lengths.tolist(), strict=True)):
+        if rng and n > 2:
+            share[row] = rng.random()
+            rng.random(out=drawn[row, 1 : n - 1])
+    inner = lengths - 2
+    count = (share * inner).astype(np.int64) + 1
+    masked = np.zeros((len(lengths), width), np.bool_)
+    np.put_along_axis(masked, drawn.argsort(axis=1), np.arange(width) < count[:, None], axis=1)
+    return masked & _inner(lengths, width)
+
+
+def _inner(lengths: np.ndarray, width: int) -> np.ndarray:
+    """[B, width] bool: neither the first nor the last position of a target, nor beyond it."""
+    place = np.arange(width)
+    return (place > 0) & (place < lengths[:, None] - 1)
 
 
 @functools.lru_cache(maxsize=8)

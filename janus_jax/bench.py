@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from janus_jax import losses, mesh, report, run, ways
-from janus_jax.batch import Batch, assemble, corrupted, example_rng
+from janus_jax.batch import Batch, corrupted, example_rng
 from janus_jax.config import Config, microbatches
 from janus_jax.data.encoded import encode_split
 from janus_jax.data.pipeline import train_batches
@@ -195,11 +195,8 @@ def batches_of(config: Config, opened: run.Run | None, length: int, share: int) 
     rng, ids = np.random.default_rng(config.seed), config.model.ids
     tokens = _random_sources(config, rows, length, rng)
     for step in itertools.count():
-        drawn = [
-            corrupted(i, row, row, example_rng(config.seed, step, i), config.batch, ids)
-            for i, row in enumerate(tokens)
-        ]
-        yield assemble(drawn, rows, length, ids.pad, config.batch.order)
+        rngs = [example_rng(config.seed, step, i) for i in range(rows)]
+        yield corrupted(np.arange(rows, dtype=np.int32), tokens, tokens, rngs, config.batch, ids)
 
 
 def _sources(config: Config, opened: run.Run | None, length: int) -> np.ndarray:

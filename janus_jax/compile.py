@@ -615,11 +615,8 @@ def _random_batch(config: Config, rows: int, length: int) -> batches.Batch:
     lowest = max(dataclasses.astuple(ids)) + 1
     tokens = rng.integers(lowest, config.model.vocab_size, (rows, length), np.int32)
     tokens[:, 0], tokens[:, -1] = ids.bos, ids.eos
-    examples = [
-        batches.corrupted(i, row, row, batches.example_rng(config.seed, 0, i), config.batch, ids)
-        for i, row in enumerate(tokens)
-    ]
-    return batches.assemble(examples, rows, length, ids.pad, config.batch.order)
+    rngs = [batches.example_rng(config.seed, 0, i) for i in range(rows)]
+    return batches.corrupted(np.arange(rows, dtype=np.int32), tokens, tokens, rngs, config.batch, ids)
 
 
 def _measured_chip() -> Chip:

@@ -154,9 +154,9 @@ def loop_counts(config: Config, rows: float, length: int) -> dict[str, float]:
 @functools.lru_cache(maxsize=32)
 def masked_share(config: BatchConfig, ids: SpecialIds, length: int) -> float:
     """Mean of |M| / length over drawn masks of targets that fill the bucket; always the same number."""
-    target = np.full(length, ids.mask + 1, np.int32)
-    drawn = [corrupt(target, example_rng(0, 0, i), config, ids).mean() for i in range(SAMPLES)]
-    return float(np.mean(drawn))
+    target = np.full((SAMPLES, length), max(ids.mask, ids.pad) + 1, np.int32)
+    rngs = [example_rng(0, 0, i) for i in range(SAMPLES)]
+    return float(corrupt(target, rngs, config, ids).mean())
 
 
 def ar_decode(config: Config, rows: int, source: int, steps: float) -> Flops:

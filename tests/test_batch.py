@@ -11,39 +11,38 @@ from janus_jax.config import BatchConfig, SpecialIds
 DRAWS = 20_000
 
 
-def example(index, source, target):
-    target = np.array(target, np.int32)
-    return B.Example(index, np.array(source, np.int32), target, target > 10)
+def targets(n, rows, ids=None):
+    """[rows, n] BOS, ordinary tokens, EOS."""
+    ids = ids or SpecialIds()
+    whole = np.array([ids.bos, *range(10, 8 + n), ids.eos][:n], np.int32)
+    return np.tile(whole, (rows, 1))
 
 
-def test_spec_is_what_assemble_makes():
-    batch = B.assemble([example(7, [1, 9, 2], [1, 11, 12, 2])], rows=2, length=5, pad=0)
-    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == B.spec(2, 5)
-    assert batch["source"].tolist() == [[1, 9, 2, 0, 0], [0] * 5]
-    assert batch["target"].tolist() == [[1, 11, 12, 2, 0], [0] * 5]
-    assert batch["masked"].tolist() == [[False, True, True, False, False], [False] * 5]
-    assert batch["index"].tolist() == [7, -1]
+def seeds(rows, n=0):
+    return [np.random.default_rng((n, i)) for i in range(rows)]
 
 
-def test_assemble_pads_with_the_given_id_and_refuses_what_does_not_fit():
-    one = example(3, [0, 9, 2], [0, 11, 2])
-    assert B.assemble([one], 2, 4, pad=5)["source"].tolist() == [[0, 9, 2, 5], [5, 5, 5, 5]]
-    with pytest.raises(ValueError, match="2 examples do not fit into 1 rows"):
-        B.assemble([one, one], 1, 4, 0)
-    with pytest.raises(ValueError, match="example 3 has 3 and 3 tokens, more than 2"):
-        B.assemble([one], 1, 2, 0)
+def test_spec_is_what_corrupted_makes():
+    index, rngs = np.array([7, B.FILLER], np.int32), [B.example_rng(0, 0, 7), None]
+    rows = np.array([[1, 9, 11, 12, 2, 0], [0] * 6], np.int32)
+    for order in ("sentence", "random"):
+        batch = B.corrupted(index, rows, rows, rngs, BatchConfig(order=order), SpecialIds())
+        assert {k: (v.shape, v.dtype) for k, v in batch.items()} == B.spec(2, 6, order)
+        assert batch["masked"][0].any()
+        assert not batch["masked"][1].any()
+        assert batch["source"] is batch["target"] is rows
+        assert batch["index"].tolist() == [7, -1]
 
 
 def test_a_random_order_leaves_everything_else_as_it_is():
-    ids, source = SpecialIds(), np.array([1, 9, 2], np.int32)
-    target = np.array([ids.bos, *range(10, 30), ids.eos], np.int32)
+    ids, target = SpecialIds(), targets(22, 4)
+    target[3] = ids.pad
+    index = np.array([3, 4, 3, B.FILLER], np.int32)
     made = {}
     for order in ("sentence", "random"):
-        config = BatchConfig(order=order)
-        drawn = [B.corrupted(i, source, target, B.example_rng(0, 0, i), config, ids) for i in (3, 4, 3)]
-        made[order] = B.assemble([*drawn, None], 4, 24, ids.pad, order)
+        rngs = [None if i == B.FILLER else B.example_rng(0, 0, int(i)) for i in index]
+        made[order] = B.corrupted(index, target, target, rngs, BatchConfig(order=order), ids)
     plain, batch = made["sentence"], made["random"]
-    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == B.spec(4, 24, "random")
     turn = batch.pop("turn")
     assert batch.keys() == plain.keys() == B.spec(4, 24).keys()
     for name in plain:
@@ -55,13 +54,32 @@ def test_a_random_order_leaves_everything_else_as_it_is():
     assert (np.diff(turn[0, batch["masked"][0]]) < 0).any()
     np.testing.assert_array_equal(turn[0], turn[2])
     assert (turn[0] != turn[1]).any()
-    with pytest.raises(ValueError, match="example 7 has no turns"):
-        B.assemble([example(7, [1, 9, 2], [1, 11, 12, 2])], 1, 5, 0, "random")
+
+
+@pytest.mark.parametrize("sampler", ["span", "uniform"])
+def test_a_row_depends_on_no_other_row_nor_on_the_padding(sampler):
+    """So M is the same in every batch, bucket and on every host."""
+    config, ids = BatchConfig(sampler=sampler, order="random"), SpecialIds()
+    lengths = [2, 3, 4, 9, 17, 24]
+    together = np.full((len(lengths), 40), ids.pad, np.int32)
+    for row, n in zip(together, lengths, strict=True):
+        row[:n] = targets(n, 1)
+    index = np.arange(len(lengths), dtype=np.int32)
+    rngs = [B.example_rng(0, 5, i) for i in range(len(lengths))]
+    batch = B.corrupted(index, together, together, rngs, config, ids)
+    assert batch["masked"].any(axis=1).sum() >= 4
+    for i, n in enumerate(lengths):
+        one = targets(n, 1)
+        alone = B.corrupted(index[i : i + 1], one, one, [B.example_rng(0, 5, i)], config, ids)
+        for name in ("target", "masked", "turn"):
+            np.testing.assert_array_equal(batch[name][i, :n], alone[name][0])
+            assert name == "target" or not batch[name][i, n:].any()
 
 
 def test_every_order_over_m_is_drawn_equally_often():
     rng, masked = np.random.default_rng(0), np.array([False, True, True, False, True, False])
-    drawn = [tuple(B.draw_turns(masked, rng)[masked]) for _ in range(1200)]
+    turns = B.draw_turns(np.tile(masked, (1200, 1)), [rng] * 1200)
+    drawn = [tuple(row[masked]) for row in turns]
     counts = [drawn.count(one) for one in set(drawn)]
     assert len(counts) == 6
     assert min(counts) > 150
@@ -73,9 +91,7 @@ def test_samplers_follow_the_reference(golden, sampler, name, n):
     # The tolerances are those that the reference numbers state for 20000 draws.
     truth = json.loads((golden / "mask_sampler.json").read_text())[name]["by_length"][str(n)]
     config, ids = BatchConfig(sampler=sampler), SpecialIds()
-    target = np.array([ids.bos, *range(10, 8 + n), ids.eos], np.int32)
-    rng = np.random.default_rng(n)
-    drawn = np.stack([B.corrupt(target, rng, config, ids) for _ in range(DRAWS)])
+    drawn = B.corrupt(targets(n, DRAWS), [np.random.default_rng(n)] * DRAWS, config, ids)
     counts = drawn.sum(1)
     std = truth["num_masked_std"]
     assert abs(counts.mean() - truth["num_masked_mean"]) <= 4 * np.sqrt(2) * std / np.sqrt(DRAWS)
@@ -100,15 +116,13 @@ def test_span_table_of_a_large_mean_is_not_cut_at_its_beginning():
 @pytest.mark.parametrize("n", [0, 1, 2])
 @pytest.mark.parametrize("sampler", ["span", "uniform"])
 def test_targets_without_inner_positions_stay_unmasked(sampler, n):
-    target = np.array([1, 2][:n], np.int32)
-    for seed in range(20):
-        masked = B.corrupt(target, np.random.default_rng(seed), BatchConfig(sampler=sampler), SpecialIds())
-        assert masked.shape == (n,)
-        assert not masked.any()
+    masked = B.corrupt(targets(n, 20), seeds(20), BatchConfig(sampler=sampler), SpecialIds())
+    assert masked.shape == (20, n)
+    assert not masked.any()
 
 
 def test_a_full_budget_masks_a_good_part_and_never_the_ends():
-    masked = np.stack([B.mask_span(40, np.random.default_rng(i), 1.0, 3.0) for i in range(200)])
+    masked = B.mask_span(np.full(200, 40), 40, seeds(200), 1.0, 3.0)
     assert not masked[:, [0, -1]].any()
     assert 0.5 < masked[:, 1:-1].mean() < 0.9
 
@@ -121,10 +135,9 @@ def test_no_target_of_a_bucket_has_more_masked_than_its_capacity(rate, mean):
         capacity = B.capacity(length, config, ids)
         most = 0
         for n in range(length + 1):
-            target = np.full(n, ids.mask + 1, np.int32)
-            for seed in range(60):
-                masked = B.corrupt(target, np.random.default_rng((n, seed)), config, ids)
-                most = max(most, int(masked.sum()))
+            target = np.full((60, n), ids.mask + 1, np.int32)
+            masked = B.corrupt(target, seeds(60, n), config, ids)
+            most = max(most, int(masked.sum(axis=1).max()))
         assert most <= (length - 2 if capacity is None else capacity)
         if capacity is not None and mean < 3:
             assert most > 0.6 * capacity
@@ -142,11 +155,9 @@ def test_where_all_inner_places_may_be_masked_there_is_no_capacity():
 def test_a_real_mask_symbol_counts_as_masked_but_not_at_the_ends():
     ids = SpecialIds(pad=1, bos=0, eos=2, unk=3, mask=3)
     target = np.array([3, 9, 3, 9, 9, 9, 9, 9, 3], np.int32)
-    for seed in range(50):
-        masked = B.corrupt(target, np.random.default_rng(seed), BatchConfig(mask_rate=0.1), ids)
-        assert masked[2]
-        assert not masked[0]
-        assert not masked[-1]
+    masked = B.corrupt(np.tile(target, (50, 1)), seeds(50), BatchConfig(mask_rate=0.1), ids)
+    assert masked[:, 2].all()
+    assert not masked[:, [0, -1]].any()
 
 
 def test_example_rng_is_a_function_of_its_arguments_alone():

@@ -171,6 +171,22 @@ def test_any_number_of_hosts_sees_the_same_global_batches(hosts):
     assert_same(joined, whole)
 
 
+def test_padded_rows_are_the_pairs_and_fillers_are_padding():
+    data = examples()
+    wanted = np.array([3, -1, 7, 3])
+    for side, one in (("source", data.source), ("target", data.target)):
+        rows = data.padded(side, wanted, 20)
+        assert rows.dtype == np.int32
+        for row, index in zip(rows, wanted, strict=True):
+            tokens = [] if index < 0 else one(index).tolist()
+            assert row.tolist() == tokens + [IDS.pad] * (20 - len(tokens))
+        assert data.padded(side, np.array([-1]), 4).tolist() == [[IDS.pad] * 4]
+    longest = int(data.target_lengths.argmax())
+    tokens = data.target_lengths[longest]
+    with pytest.raises(ValueError, match=f"pair {longest} has {tokens} tokens, more than {tokens - 1}"):
+        data.padded("target", np.array([0, longest]), tokens - 1)
+
+
 def test_masks_belong_to_the_example_and_the_epoch():
     data = examples(30)
 

@@ -49,13 +49,13 @@ def changed(base=BASE, **sections):
 def copy_task(rows=ROWS, seed=0):
     """A batch whose targets are its sources, 4 to 8 tokens long, some of the inner tokens masked."""
     rng = np.random.default_rng(seed)
-    examples = []
-    for i in range(rows):
+    tokens = np.zeros((rows, LENGTH), np.int32)
+    for row in tokens:
         words = rng.integers(5, WORDS, rng.integers(2, LENGTH - 1))
-        tokens = np.concatenate([[1], words, [2]]).astype(np.int32)
-        masked = batches.corrupt(tokens, rng, BASE.batch, BASE.model.ids)
-        examples.append(batches.Example(i, tokens, tokens, masked))
-    return batches.assemble(examples, rows, LENGTH, pad=0)
+        row[: len(words) + 2] = [1, *words, 2]
+    return batches.corrupted(
+        np.arange(rows, dtype=np.int32), tokens, tokens, [rng] * rows, BASE.batch, BASE.model.ids
+    )
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,9 @@ def test_dropout_is_the_same_on_eight_devices(start, batch):
 
 def test_filler_rows_are_nothing(start, updated):
     few = copy_task(rows=ROWS)
-    wide = batches.assemble([], ROWS, LENGTH, pad=0)
+    empty = np.zeros((ROWS, LENGTH), np.int32)
+    nobody = np.full(ROWS, batches.FILLER, np.int32)
+    wide = batches.corrupted(nobody, empty, empty, [None] * ROWS, BASE.batch, BASE.model.ids)
     both = {name: np.concatenate([few[name], wide[name]]) for name in few}
     found, alone = eval_step(start.params, both, BASE), eval_step(start.params, few, BASE)
     for name, (value, weight) in found.items():

@@ -57,6 +57,29 @@ class EncodedSource:
         """[n] int32 target of one pair."""
         return self._side("target", index)
 
+    def padded(self, side: str, indices: np.ndarray, length: int) -> np.ndarray:
+        """[B, length] int32: the `side` ("source" | "target") of pairs, PAD after EOS.
+
+        Args:
+          side: which.
+          indices: [B] numbers of pairs; a negative one is a row of PAD.
+          length: of every row.
+
+        Raises:
+          ValueError: a pair is longer.
+        """
+        tokens, offsets = self._arrays[side], self._arrays[f"{side}_offsets"]
+        start = offsets[indices]
+        sizes = np.where(indices < 0, 0, offsets[indices + 1] - start)
+        if sizes.max(initial=0) > length:
+            longest = int(sizes.argmax())
+            raise ValueError(f"pair {indices[longest]} has {sizes[longest]} tokens, more than {length}")
+        place = np.arange(length)
+        inside = place < sizes[:, None]
+        rows = np.full((len(indices), length), self.ids.pad, np.int32)
+        rows[inside] = tokens[(start[:, None] + place)[inside]]
+        return rows
+
     def _side(self, side: str, index: int) -> np.ndarray:
         start, end = self._arrays[f"{side}_offsets"][index : index + 2]
         return self._arrays[side][start:end]

@@ -27,8 +27,6 @@ from janus_jax.batch import (
     FILLER,
     TRAIN_STREAM,
     Batch,
-    Example,
-    assemble,
     corrupted,
     example_rng,
 )
@@ -214,14 +212,12 @@ class _Batches:
         planned = self._plan.batch(step)
         shares, of = self._part
         mine = planned.indices.reshape(of, -1)[list(shares)].ravel()
-        examples = [None if i == FILLER else self._example(planned.epoch, int(i)) for i in mine]
-        return assemble(examples, len(mine), planned.length, self._examples.ids.pad, self._config.order)
-
-    def _example(self, epoch: int, index: int) -> Example:
-        target = self._examples.target(index)
-        rng = example_rng(self._seed, epoch, index, self._stream)
-        source = self._examples.source(index)
-        return corrupted(index, source, target, rng, self._config, self._examples.ids)
+        source, target = (self._examples.padded(side, mine, planned.length) for side in ("source", "target"))
+        rngs = [
+            None if i == FILLER else example_rng(self._seed, planned.epoch, i, self._stream)
+            for i in mine.tolist()
+        ]
+        return corrupted(mine.astype(np.int32), source, target, rngs, self._config, self._examples.ids)
 
 
 def _checked(part: tuple[Sequence[int], int], row_multiple: int) -> tuple[Sequence[int], int]:
