@@ -279,15 +279,18 @@ def _pictures(
         return output / f"{prefix}{file}.png"
 
     alike = {run.name for run in judged.runs}
-    curves: dict[str, list[plots.Series]] = {"AR (greedy)": [], "NAR": []}
-    for run in sorted(every, key=lambda r: ([*judged.rows, r.row].index(r.row), r.name)):
-        row = run.row if run.name in alike else f"{run.name} (set apart)"
-        for side, curve in tables.dev_curves(run).items():
-            title = "AR (greedy)" if side == "ar" else "NAR"
-            curves[title].append(plots.Series(row, curve, faint=run.name not in alike))
-    if any(curves.values()):
-        path = place("learning", "BLEU on dev by updates")
-        plots.plot_lines(curves, path, "updates", "BLEU on dev", order=list(judged.rows))
+    # Where train.dev_sentences was -1 nothing was decoded, and there is the likelihood to look at.
+    for what, ar, axis in (("bleu", "AR (greedy)", "BLEU on dev"), ("nll", "AR", "nats a token on dev")):
+        titles = {"ar": ar, "nar": "NAR"}
+        curves: dict[str, list[plots.Series]] = {title: [] for title in titles.values()}
+        for run in sorted(every, key=lambda r: ([*judged.rows, r.row].index(r.row), r.name)):
+            row = run.row if run.name in alike else f"{run.name} (set apart)"
+            for side, curve in tables.dev_curves(run, what).items():
+                curves[titles[side]].append(plots.Series(row, curve, faint=run.name not in alike))
+        if any(curves.values()):
+            path = place("learning", f"{axis[:1].upper()}{axis[1:]} by updates")
+            plots.plot_lines(curves, path, "updates", axis, order=list(judged.rows))
+            break
     labels = {way.name: way.label for way in tables.WAYS}
     ablated = tables.ablations(judged)
     if ablated:

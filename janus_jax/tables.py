@@ -515,13 +515,13 @@ def update_seconds(run: Trained) -> float | None:
     return statistics.median(found) if found else None
 
 
-def dev_curves(run: Trained) -> dict[str, list[tuple[int, float]]]:
-    """BLEU on dev by updates, for the sides that the run has: "ar", "nar"."""
+def dev_curves(run: Trained, what: str = "bleu") -> dict[str, list[tuple[int, float]]]:
+    """BLEU ("bleu") or nats a token ("nll") on dev by updates, by side that the run has: "ar", "nar"."""
     curves = {
         side: [
             (r["step"], float(value))
             for r in run.rows
-            if r["kind"] == "dev" and (value := r["metrics"].get(f"bleu_{side}")) is not None
+            if r["kind"] == "dev" and (value := r["metrics"].get(f"{what}_{side}")) is not None
         ]
         for side in ("ar", "nar")
     }

@@ -137,6 +137,19 @@ def test_folders_are_tables_of_their_own(tmp_path):
     assert "## deen" in (tmp_path / "table.md").read_text("utf-8")
 
 
+def test_learning_curves_are_of_the_likelihood_where_dev_was_never_decoded(tmp_path):
+    write(tmp_path / "both", "ar")
+    undecoded = write(tmp_path / "undecoded", "ar")
+    rows = [json.loads(line) for line in (undecoded / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "dev":
+            row["metrics"] = {"loss": 2.0, "nll_ar": 1.5}
+    (undecoded / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = results.write(tmp_path, samples=20)
+    captions = {s.name: s.pictures[f"{s.name}-learning.png"] for s in sections}
+    assert captions == {"both": "BLEU on dev by updates", "undecoded": "Nats a token on dev by updates"}
+
+
 def test_nothing_to_report_on_is_said(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "none")]) == 1
     assert "no such folder" in capsys.readouterr().err
