@@ -56,6 +56,7 @@ WAYS = (
     ways.nar(4, 1),
     ways.nar(4, rescore=True),
     ways.nar(10, rescore=True),
+    ways.nar(10, 7, rescore=True),
     ways.TOLERANT,
     ways.STRICT,
     ways.GREEDY,
