@@ -49,14 +49,6 @@ class EncodedSource:
         """[N] int64: the longer side of each pair."""
         return np.maximum(self.source_lengths, self.target_lengths)
 
-    def source(self, index: int) -> np.ndarray:
-        """[S] int32 source of one pair."""
-        return self._side("source", index)
-
-    def target(self, index: int) -> np.ndarray:
-        """[n] int32 target of one pair."""
-        return self._side("target", index)
-
     def padded(self, side: str, indices: np.ndarray, length: int) -> np.ndarray:
         """[B, length] int32: the `side` ("source" | "target") of pairs, PAD after EOS.
 
@@ -79,10 +71,6 @@ class EncodedSource:
         rows = np.full((len(indices), length), self.ids.pad, np.int32)
         rows[inside] = tokens[(start[:, None] + place)[inside]]
         return rows
-
-    def _side(self, side: str, index: int) -> np.ndarray:
-        start, end = self._arrays[f"{side}_offsets"][index : index + 2]
-        return self._arrays[side][start:end]
 
 
 def encode_split(
