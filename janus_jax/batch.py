@@ -1,4 +1,4 @@
-"""Batches of token ids: their shape, how they are assembled, and how targets are corrupted.
+"""Batches of token ids: their shape, and how targets are corrupted, all rows of a batch at once.
 
 A batch is a dict of arrays in the original token order, padded on the right to one length:
 
