@@ -455,16 +455,18 @@ writes   WORKDIR/training.png (of the first), or the file named by --output (.pn
 """
 
 REPORT = """\
-Make tables and pictures from the runs below a folder: scores, speed, cost of training, a paired bootstrap.
+Make tables and pictures from one run, or from the runs below a folder: scores, speed, cost of training, a
+paired bootstrap.
 
-reads    the run directories below FOLDER, however deep: one table for each folder that holds some.
-         A directory's name is that of its row; ROW-s1, ROW-s2 are seeds of ROW
+reads    FOLDER, where it is a run directory; else those below it, however deep: one table for each folder
+         that holds some.  A directory's name is that of its row; ROW-s1, ROW-s2 are seeds of ROW
 writes   FOLDER/table.md, table.csv, report.html (all in one file) and pictures, or the same in --output
 
 Runs that are unfinished, broken, of other settings or of another commit, and evaluations of another
 checkpoint, split, vocabulary, scorer or set of options, are set apart with the reason, never averaged in.
 What is missing is a blank.
 
+  janus-jax report runs/demo
   janus-jax report runs/tables/multi30k
   janus-jax report runs/tables/multi30k --baseline=cmlm --output=cmlm_report
 """
@@ -730,7 +732,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     flags_.add_argument("--output", type=as_path, metavar="FILE", help="the picture")
     flags_ = verb("report", _report, REPORT)
-    flags_.add_argument("folder", type=as_path, metavar="FOLDER", help="where the run directories lie")
+    flags_.add_argument("folder", type=as_path, metavar="FOLDER", help="a run directory, or where some lie")
     flags_.add_argument("--output", type=as_path, metavar="DIR", help="where to write (default: FOLDER)")
     flags_.add_argument(
         "--baseline", default="", metavar="ROW", help="the row that others are compared with (default: ar)"

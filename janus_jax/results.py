@@ -1,4 +1,4 @@
-"""`janus-jax report`: tables and pictures from the run directories below a folder.
+"""`janus-jax report`: tables and pictures from a run directory, or from all below a folder.
 
     <output>/table.md, table.csv      the same figures for people and for programs
     <output>/report.html              tables and pictures in one file
@@ -59,10 +59,10 @@ def write(
     samples: int = tables.SAMPLES,
     any_commit: bool = False,
 ) -> list[Section]:
-    """Reads all runs below `folder` and writes the report.
+    """Reads a run, or all runs below a folder, and writes the report.
 
     Args:
-      folder: where to look.
+      folder: a run directory, or where to look for some.
       output: where to write; default `folder`.
       baseline: the row that others are compared with; default "ar", where there is one.
       split: which evaluations; default the test split of the runs.
@@ -76,12 +76,12 @@ def write(
     if not folder.is_dir():
         raise ResultsError(f"{folder}: no such folder")
     groups: dict[str, dict[str, AnyPath]] = {}
-    for path in find_runs(folder):
+    for path in [folder] if _is_run(folder) else find_runs(folder):
         groups.setdefault("/".join(path.parts[len(folder.parts) : -1]), {})[path.name] = path
     if not groups:
         raise ResultsError(
-            f"no run directory below {folder}: it takes folders with a config.json, such as janus-jax "
-            "train or launch/tables/multi30k.sh make"
+            f"{folder} is no run directory, and there is none below it: they are folders with a config.json, "
+            "such as janus-jax train or launch/tables/multi30k.sh make"
         )
     read = {name: {p.name: read_run(p) for p in found.values()} for name, found in groups.items()}
     rows = {run.row for found in read.values() for run in found.values()}
@@ -121,10 +121,14 @@ def report_on(folder: AnyPath, output: AnyPath | None = None, **options: Any) ->
 def find_runs(folder: AnyPath, depth: int = DEPTH) -> Iterator[AnyPath]:
     """The run directories below `folder`, by name; what lies inside of one is none."""
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        if any((path / mark).exists() for mark in MARKS):
+        if _is_run(path):
             yield path
         elif depth:
             yield from find_runs(path, depth - 1)
+
+
+def _is_run(folder: AnyPath) -> bool:
+    return any((folder / mark).exists() for mark in MARKS)
 
 
 def read_run(folder: AnyPath) -> Trained:

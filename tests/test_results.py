@@ -16,14 +16,16 @@ def runs(tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")
     good = shutil.copytree(tiny_run.folder, folder / "janus")
     config = json.loads((good / "config.json").read_text())
-    steps = config["train"]["steps"]
+    config["train"]["steps"] = 2  # of its two checkpoints the first is the best
+    (good / "config.json").write_text(json.dumps(config))
     (good / report.METRICS_FILE).unlink(missing_ok=True)
     with report.MetricsWriter(good, tensorboard=False, resume_step=-1) as writer:
         writer.write(0, "event", {"event": "started", "device": "cpu", "commit": "abc"})
-        writer.write(steps, "train", {"loss": 1.0}, {"step_s": 0.1})
-        writer.write(steps, "dev", {"bleu_ar": 3.0, "bleu_nar": 2.0, "bleu": 2.5})
+        for step, bleu in ((1, 2.0), (2, 1.0)):
+            writer.write(step, "train", {"loss": 1.0}, {"step_s": 0.1})
+            writer.write(step, "dev", {"bleu_ar": bleu, "bleu_nar": bleu, "bleu": bleu})
     half = shutil.copytree(good, folder / "half")
-    config["train"]["steps"] = steps * 2
+    config["train"]["steps"] = 4
     (half / "config.json").write_text(json.dumps(config))
     broken = folder / "broken"
     broken.mkdir()
@@ -54,6 +56,14 @@ def test_one_table_with_what_is_wrong_beside_it(runs, tmp_path, capsys):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "data:image/png;base64," in page, "pictures are inside"
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_run_by_itself_is_a_table_of_one_row(runs, tmp_path):
+    assert main(["report", str(runs / "janus"), f"--output={tmp_path}", "--any_commit"]) == 0
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert {row["run"] for row in rows} == {"janus"}
+    assert {row["way"] for row in rows if row["bleu"]} == {"ar-b1", "draft"}
+    assert "half" not in (tmp_path / "table.md").read_text()
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path, capsys):

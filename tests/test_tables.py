@@ -154,7 +154,7 @@ def test_nothing_to_report_on_is_said(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "none")]) == 1
     assert "no such folder" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path)]) == 1
-    assert "no run directory below" in capsys.readouterr().err
+    assert "there is none below it" in capsys.readouterr().err
     write(tmp_path, "ar")
     assert cli.main(["report", str(tmp_path), "--baseline=at"]) == 1
     assert "no such row; there are ar" in capsys.readouterr().err
