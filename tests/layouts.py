@@ -8,7 +8,7 @@ import pytest
 from janus_jax import report
 from janus_jax.config import Config, MeshConfig, from_dict
 
-STEPS, HALF = 20, 10
+STEPS, HALF = 10, 5
 HEARTBEAT = 10
 LIMIT = 240  # seconds after which a test gives up on its processes
 LAYOUTS = {

@@ -146,35 +146,29 @@ def test_two_processes_from_the_launcher_train_and_evaluate(alone, data, tmp_pat
             assert ours["passes_per_sentence"] == theirs["passes_per_sentence"]
 
 
-def test_four_processes_learn_as_one_does_and_one_goes_on(alone, data, tmp_path):
-    config = config_of(LAYOUTS["cube"], data)
-    assert finish(start(4, tmp_path, config)) == [0, 0, 0, 0], log(tmp_path, 0)
-    assert_same_curve(tmp_path / "run", alone)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
-    assert train.train(config_of(LAYOUTS["one device"], data), tmp_path / "run") == train.DONE
-    assert_same_curve(tmp_path / "run", alone)
-
-
 # Stopping and losing each other ----------------------------------------------------------------------
 
 
-def test_sigterm_to_one_stops_all_and_four_processes_go_on(alone, data, tmp_path):
-    config = config_of(LAYOUTS["data 8"], data)
-    two = start(2, tmp_path, config)
-    wait_for_step(tmp_path, 2, two)
-    two[1].send_signal(signal.SIGTERM)
-    assert finish(two) == [train.STOPPED, train.STOPPED], log(tmp_path, 0) + log(tmp_path, 1)
+def test_sigterm_to_one_of_four_stops_all_and_any_number_goes_on(alone, data, tmp_path):
+    config = config_of(LAYOUTS["cube"], data)
+    four = start(4, tmp_path, config)
+    wait_for_step(tmp_path, 2, four)
+    four[3].send_signal(signal.SIGTERM)
+    assert finish(four) == [train.STOPPED] * 4, [log(tmp_path, i) for i in range(4)]
     saved = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
     assert 2 <= saved[-1] < STEPS
     assert f"saved step {saved[-1]} and stopped" in log(tmp_path, 0)
-    assert finish(start(4, tmp_path, config)) == [0, 0, 0, 0], log(tmp_path, 0)
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    assert finish(start(2, tmp_path, config)) == [0, 0], log(tmp_path, 0) + log(tmp_path, 1)
     assert f"resuming from step {saved[-1]}" in log(tmp_path, 0)
     assert_same_curve(tmp_path / "run", alone)
+    assert train.train(config_of(LAYOUTS["one device"], data), tmp_path / "same") == train.DONE
+    assert_same_curve(tmp_path / "same", alone)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_kill_9_of_one_ends_the_other_which_says_so(alone, data, tmp_path, victim):
-    config = config_of(LAYOUTS["fsdp 8"], data)
+    config = config_of(LAYOUTS["cube"], data)
     two = start(2, tmp_path, config)
     wait_for_step(tmp_path, HALF + 1, two)
     two[victim].kill()
