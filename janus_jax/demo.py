@@ -65,7 +65,7 @@ def demo(config: Config, workdir: paths.Name, console: Console | None = None) ->
     console.print(
         f"Train a small JANUS on {data.name} ({data.source} -> {data.target}), one model for both ways\n"
         f"of writing, in {workdir}: {config.train.steps:,} updates, then decode the test split left to\n"
-        "right (AR) and all slots at once (NAR).  Some five minutes on two CPU cores.",
+        "right (AR) and all slots at once (NAR).  Three to six minutes on two CPU cores.",
         highlight=False,
     )
     if (code := train(config, workdir)) != DONE:
