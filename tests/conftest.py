@@ -34,6 +34,15 @@ if TYPE_CHECKING:
     from janus_jax.config import Config
     from janus_jax.translator import Translator
 
+# A worker takes a file at a time: the long ones begin first, so that none is left at the end by itself.
+LONG = ("test_processes.py", "test_layouts.py", "test_step.py", "test_model.py", "test_generate.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the tests, which stay in order within a file."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
