@@ -75,6 +75,8 @@ def write(
     """
     if not folder.is_dir():
         raise ResultsError(f"{folder}: no such folder")
+    if not paths.is_remote(folder):
+        folder = folder.resolve()  # names a row and the page; "." has no name
     groups: dict[str, dict[str, AnyPath]] = {}
     for path in [folder] if _is_run(folder) else find_runs(folder):
         groups.setdefault("/".join(path.parts[len(folder.parts) : -1]), {})[path.name] = path
@@ -95,11 +97,10 @@ def write(
         references = _References(groups[name])
         versus = tables.versus_baseline(judged, references, samples)
         sections.append(_section(name, judged, versus, list(read[name].values()), output, any_commit))
-    title = folder.resolve().name if not paths.is_remote(folder) else folder.name
     lines = (row for s in sections for row in tables.csv_rows(s.name, s.judged, s.versus, s.speeds))
     report.replace_file(output / "table.csv", tables.to_csv(lines).encode())
-    report.replace_file(output / "table.md", markdown(title, sections).encode())
-    report.replace_file(output / "report.html", page(title, sections, output).encode())
+    report.replace_file(output / "table.md", markdown(folder.name, sections).encode())
+    report.replace_file(output / "report.html", page(folder.name, sections, output).encode())
     return sections
 
 
