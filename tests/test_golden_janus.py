@@ -262,8 +262,8 @@ def test_the_gradient_of_every_parameter(janus, reference_gradient):
 
 @pytest.mark.parametrize(
     "option",
-    [{"scan_layers": True}, {"scan_layers": True, "remat": True, "remat_keep": "products"}],
-    ids=["scanned", "scanned, and remat but for products"],
+    [{"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True, "remat_keep": "products"}],
+    ids=["scan_layers", "remat", "remat but for products"],
 )
 def test_scanned_and_rematerialised_layers_give_the_same_numbers(
     loaded, batch, janus, reference_gradient, option

@@ -31,7 +31,7 @@ def test_eight_devices_learn_as_one_does(runs, name):
     assert_same_curve(runs[name], runs["one device"])
 
 
-# Each layout after another, and before another.
+# Each layout after another, and before another: a checkpoint does not tell by which it was written.
 RING = list(itertools.pairwise([*LAYOUTS, next(iter(LAYOUTS))]))
 
 

@@ -398,7 +398,7 @@ def read_and_gradient(params, source, target, masked, config, asked):
         ("base", {}, {"capacity": 0}),
         ("pre", {"scan_layers": True, "decoder_layers": 3, "remat": True}, {"capacity": 1}),
         ("apart", {"decoder_layers": 1}, {"capacity": 0, "ar": False}),
-        ("base", {}, {"nar": False, "aux": False}),
+        ("base", {"remat": True}, {"nar": False, "aux": False}),
     ],
     ids=str,
 )

@@ -168,7 +168,7 @@ def test_sigterm_to_one_of_four_stops_all_and_any_number_goes_on(alone, data, tm
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_kill_9_of_one_ends_the_other_which_says_so(alone, data, tmp_path, victim):
-    config = config_of(LAYOUTS["cube"], data)
+    config = config_of(LAYOUTS["fsdp 8"], data)
     two = start(2, tmp_path, config)
     wait_for_step(tmp_path, HALF + 1, two)
     two[victim].kill()

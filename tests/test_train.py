@@ -113,9 +113,13 @@ def test_a_finished_run_is_left_alone(finished, data, capsys):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_sigterm_saves_and_the_next_start_goes_on_bit_for_bit(finished, data, tmp_path):
-    """Although it asks for another number of updates."""
+def test_a_finished_run_goes_on_when_more_is_asked_for(finished, data, tmp_path):
+    assert train.train(tiny(data__dir=str(data), train__steps=STEPS // 2), tmp_path) == train.DONE
+    assert train.train(tiny(data__dir=str(data)), tmp_path) == train.DONE
+    assert rows(tmp_path) == rows(finished)
 
+
+def test_sigterm_saves_and_the_next_start_goes_on_bit_for_bit(finished, data, tmp_path):
     def stop_after_two_rows() -> None:
         while not (tmp_path / "metrics.jsonl").exists() or len(report.read_metrics(tmp_path)) < 3:
             time.sleep(0.01)
@@ -123,12 +127,12 @@ def test_sigterm_saves_and_the_next_start_goes_on_bit_for_bit(finished, data, tm
 
     watcher = threading.Thread(target=stop_after_two_rows)
     watcher.start()
-    more = tiny(data__dir=str(data), train__steps=2 * STEPS)
-    assert train.train(more, tmp_path) == train.STOPPED
+    config = tiny(data__dir=str(data))
+    assert train.train(config, tmp_path) == train.STOPPED
     watcher.join()
     stopped_at = checkpoint.find_step(tmp_path / "checkpoints")
     assert 2 <= stopped_at < STEPS
-    assert train.train(tiny(data__dir=str(data)), tmp_path) == train.DONE
+    assert train.train(config, tmp_path) == train.DONE
     assert rows(tmp_path) == rows(finished)
 
 
