@@ -70,7 +70,7 @@ def write(
       any_commit: runs and evaluations of different commits may stand side by side.
 
     Raises:
-      ResultsError: no such folder, no run in it, or no row called `baseline`.
+      ResultsError: no such folder, no run in it that can be read, or no row called `baseline`.
       report.ReportError: `output` cannot be written.
     """
     if not folder.is_dir():
@@ -86,7 +86,10 @@ def write(
             "such as janus-jax train or launch/tables/multi30k.sh make"
         )
     read = {name: {p.name: read_run(p) for p in found.values()} for name, found in groups.items()}
-    rows = {run.row for found in read.values() for run in found.values()}
+    found_runs = [run for found in read.values() for run in found.values()]
+    if all(run.config is None for run in found_runs):
+        raise ResultsError(f"no run can be read: {found_runs[0].name}: {found_runs[0].faults[0]}")
+    rows = {run.row for run in found_runs}
     if baseline and baseline not in rows:
         raise ResultsError(f"--baseline={baseline}: no such row; there are {', '.join(sorted(rows))}")
     output = output or folder

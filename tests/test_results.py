@@ -67,6 +67,12 @@ def test_a_run_by_itself_is_a_table_of_one_row(runs, tmp_path, monkeypatch):
     assert "half" not in (tmp_path / "table.md").read_text()
 
 
+def test_a_run_that_cannot_be_read_is_an_error_and_leaves_nothing(runs, capsys):
+    assert main(["report", str(runs / "broken")]) == 1
+    assert "no run can be read: broken: config.json" in capsys.readouterr().err
+    assert [path.name for path in (runs / "broken").iterdir()] == ["config.json"]
+
+
 def test_a_folder_without_runs_is_an_error(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) != 0
     assert str(tmp_path) in capsys.readouterr().err
