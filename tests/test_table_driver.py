@@ -183,7 +183,8 @@ def test_a_row_that_fails_hides_no_other_and_gpus_are_shared(driver, tmp_path, m
     args = parsed(driver, tmp_path, "multi30k", "--scale=cpu", "--rows=ar,cmlm,janus")
     jobs, seen = driver.plan(args), []
 
-    def run(commands, folder, device, shared, stop):
+    def run(commands, folder, device, shared, stop, share):
+        assert not share  # who has a GPU keeps all cores
         seen.append((folder.name, device, shared))
         return 1 if folder.name == "ar" else 0
 
@@ -192,6 +193,33 @@ def test_a_row_that_fails_hides_no_other_and_gpus_are_shared(driver, tmp_path, m
     assert {pathlib.Path(k).name: v for k, v in codes.items()} == {"ar": 1, "cmlm": 0, "janus": 0}
     assert {device for _, device, _ in seen} <= {"0", "1"}
     assert "ar: failed (exit code 1)" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system binds no process to cores")
+def test_rows_side_by_side_have_cores_of_their_own(driver, tmp_path, monkeypatch):
+    """As far as there are cores; a row by itself has them all."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, os, pathlib, sys, time\n"
+        "time.sleep(0.2)\n"
+        "[where] = [w for w in json.loads(sys.argv[2])[0] if w.startswith('--workdir=')]\n"
+        "where = pathlib.Path(where.removeprefix('--workdir=') + '.cores')\n"
+        "where.write_text(json.dumps(sorted(os.sched_getaffinity(0))))\n"
+    )
+    monkeypatch.setattr(driver, "__file__", str(worker))
+    mine = os.sched_getaffinity(0)
+
+    def told(rows, slots):
+        jobs = driver.plan(parsed(driver, tmp_path, "multi30k", "--scale=cpu", f"--rows={rows}"))
+        assert set(driver.run_jobs(jobs, slots, driver._Stop()).values()) == {0}
+        return [set(json.loads(pathlib.Path(f"{j.folder}.cores").read_text())) for j in jobs]
+
+    assert told("ar", ["", ""]) == [mine]
+    if len(mine) > 1:
+        first, second = told("ar,janus", ["", ""])
+        assert len(first) == len(second) == len(mine) // 2
+        assert not first & second
+    assert driver.cores(len(mine) + 1) == [set()] * (len(mine) + 1)
 
 
 def test_sigterm_reaches_what_was_started(driver, tmp_path, monkeypatch):

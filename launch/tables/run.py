@@ -14,7 +14,8 @@
 
 Run directories are OUT/DIRECTION/ROW and OUT/DIRECTION/ROW-sSEED.  What is finished is not done again;
 SIGTERM and Ctrl-C save and exit with code 75, and the same command goes on.  Where there are several GPUs,
-each has rows of its own.  At the end `janus-jax report OUT`.  A row that fails hides no other: exit code 1.
+each has rows of its own; rows side by side on CPU have cores of their own.  At the end `janus-jax report
+OUT`.  A row that fails hides no other: exit code 1.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -423,6 +424,19 @@ def measure(words: Sequence[str]) -> int:
     return 0
 
 
+def cores(number: int) -> list[set[int]]:
+    """The cores of this process in `number` parts, for jobs side by side; empty sets: let them share.
+
+    Two rows that share two cores wait for each other's threads: an update takes a tenth longer, and compiling
+    twice as long.
+    """
+    if number < 2 or not hasattr(os, "sched_getaffinity"):
+        return [set()] * number
+    mine = sorted(os.sched_getaffinity(0))
+    size = len(mine) // number
+    return [set(mine[i * size : (i + 1) * size]) for i in range(number)]
+
+
 # -- doing it -----------------------------------------------------------------------------------------
 
 
@@ -473,23 +487,25 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[str], stop: _Stop) -> dict[str
 
     Args:
       jobs: with something left to do.
-      slots: the GPU of each slot, or "" for whatever there is.
+      slots: the GPU of each slot, or "" for whatever there is; several of these share out the cores.
       stop: what ends it early.
     """
     waiting, codes, lock = list(jobs), {}, threading.Lock()
+    slots = slots[: len(jobs)]
+    shares = cores(len(slots)) if not any(slots) else [set()] * len(slots)
 
-    def serve(device: str) -> None:
+    def serve(device: str, share: set[int]) -> None:
         while not stop.asked.is_set():
             with lock:
                 if not waiting:
                     return
                 job = waiting.pop(0)
-            code = _run_apart(job.commands, job.folder, device, len(slots) > 1, stop)
+            code = _run_apart(job.commands, job.folder, device, len(slots) > 1, stop, share)
             if code not in (0, STOPPED):
                 print(f"{job.folder}: failed (exit code {code}); see {_log(job.folder)}", file=sys.stderr)
             codes[str(job.folder)] = code
 
-    threads = [threading.Thread(target=serve, args=(device,)) for device in slots]
+    threads = [threading.Thread(target=serve, args=each) for each in zip(slots, shares, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -503,9 +519,17 @@ def _log(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _run_apart(
-    commands: Sequence[Command], folder: pathlib.Path, device: str, shared: bool, stop: _Stop
+    commands: Sequence[Command],
+    folder: pathlib.Path,
+    device: str,
+    shared: bool,
+    stop: _Stop,
+    share: Collection[int] = (),
 ) -> int:
-    """`work` in a process of its own, its output in a log beside the run; `shared`: others are beside it."""
+    """`work` in a process of its own, its output in a log beside the run.
+
+    `shared`: others are beside it; `share`: the cores that it is to keep to, none for all.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     print(
         f"{folder}: {len(commands)} commands{f' on GPU {device}' if device else ''}, log {_log(folder)}",
@@ -517,6 +541,8 @@ def _run_apart(
             words, stdout=log, stderr=log, env=_env(device, shared), start_new_session=True
         )
         stop.children.add(child)
+        if share and child.poll() is None:  # before it has any thread but its first
+            os.sched_setaffinity(child.pid, share)
         if stop.asked.is_set():  # asked for in between
             child.send_signal(signal.SIGTERM)
         code = child.wait()
@@ -615,7 +641,7 @@ def perform(args: argparse.Namespace, jobs: Sequence[Job], start: float) -> int:
     """Prepares, trains, evaluates, measures and reports."""
     gpus = devices()
     slots = [device for _ in range(args.jobs) for device in (gpus or [""])]
-    tell_cost(args, jobs, len(slots))
+    tell_cost(args, jobs, len(slots) if gpus else 1)  # rows on the same cores gain next to nothing
     left = [job for job in jobs if job.commands]
     stop = _Stop()
     if args.scale == "smoke":
