@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.encoder_layers = config.model.decoder_layers = 6
     config.model.max_positions = 256
     config.model.dropout = 0.3
+    config.model.ar_positions = "code"  # as the release has it
     config.model.dtype = "bfloat16"
     config.model.scan_layers = True
     config.loss.chunk = 1024

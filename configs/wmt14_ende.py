@@ -28,6 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.encoder_layers = config.model.decoder_layers = 6
     config.model.max_positions = 256
     config.model.dropout = 0.2
+    config.model.ar_positions = "code"  # as the release has it
     config.model.dtype = "bfloat16"
     config.model.scan_layers = False  # 0.72 of the time of a scan on an H200, docs/performance.md
     config.loss.chunk = 1024

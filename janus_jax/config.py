@@ -100,7 +100,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     positions: str = "learned"  # learned | sinusoidal
     activation: str = "relu"  # relu | gelu (the exact one)
-    ar_positions: str = "code"  # code | figure | aligned, METHOD section 2
+    ar_positions: str = "aligned"  # code (the release) | figure | aligned: models/streams.py
     ar_stream: str = "query"  # query (JANUS) | content (classic Transformer, BART)
     share_embeddings: bool = True  # source and target use one table
     tie_output: bool = True  # the output projection is the target table

@@ -69,7 +69,7 @@ def test_every_scale_of_every_set_is_a_usable_configuration(driver, tmp_path, na
 def test_rows_are_on_equal_terms(driver, tmp_path):
     args = parsed(driver, tmp_path, "multi30k", "--scale=cpu", "--rows=all")
     made = [settled(driver, job) for job in driver.plan(args)]
-    assert len(made) == len(driver.ROWS) == len({str(one) for one in made})
+    assert len(made) == len(driver.ROWS) - 1 == len({str(one) for one in made})  # `aligned` is `janus`
     for key in tables.equal_terms():
         assert len({str(config.get(one, key)) for one in made}) == 1, key
 

@@ -64,6 +64,7 @@ def load_fairseq(
         max_length=lengths.shape[0] - 1,
         norm="pre" if "decoder.layer_norm.weight" in reader else "post",
         activation=activation or arguments.get("activation", "relu"),
+        ar_positions="code",
         scale_embeddings=bool(scale),
         share_embeddings=shared,
         tie_output=tied,

@@ -43,6 +43,7 @@ ROWS: dict[str, Row] = {
             "loss.kl_ar_nar": 0.0,
         },
     ),
+    "code": Row("AR positions of the released code", {"model.ar_positions": "code"}),
     "figure": Row("AR positions as in the paper's picture", {"model.ar_positions": "figure"}),
     "aligned": Row("AR positions aligned", {"model.ar_positions": "aligned"}),
     "uniform": Row("mask sampler of CMLM", {"batch.sampler": "uniform"}),
