@@ -32,7 +32,7 @@ MODEL = ModelConfig(
 # With early stopping, which leaves the outputs of random weights further apart than all passes do.
 DECODE = DecodeConfig(beam=1, max_length_a=1.0, max_length_b=3, iterations=4, candidates=3, early_stop=True)
 WIDE = 12  # slots of the sources
-SEED = 4  # whose model says different things to different sources
+SEED = 10  # whose model says different things to different sources
 SPECIAL = (IDS.pad, IDS.bos, IDS.unk, IDS.mask)
 
 
