@@ -183,8 +183,7 @@ def test_a_row_that_fails_hides_no_other_and_gpus_are_shared(driver, tmp_path, m
     args = parsed(driver, tmp_path, "multi30k", "--scale=cpu", "--rows=ar,cmlm,janus")
     jobs, seen = driver.plan(args), []
 
-    def run(commands, folder, device, shared, stop, share):
-        assert not share  # who has a GPU keeps all cores
+    def run(commands, folder, device, shared, stop):
         seen.append((folder.name, device, shared))
         return 1 if folder.name == "ar" else 0
 
@@ -200,8 +199,7 @@ def test_rows_side_by_side_have_cores_of_their_own(driver, tmp_path, monkeypatch
     """As far as there are cores; a row by itself has them all."""
     worker = tmp_path / "worker.py"
     worker.write_text(
-        "import json, os, pathlib, sys, time\n"
-        "time.sleep(0.2)\n"
+        "import json, os, pathlib, sys\n"
         "[where] = [w for w in json.loads(sys.argv[2])[0] if w.startswith('--workdir=')]\n"
         "where = pathlib.Path(where.removeprefix('--workdir=') + '.cores')\n"
         "where.write_text(json.dumps(sorted(os.sched_getaffinity(0))))\n"
@@ -215,11 +213,18 @@ def test_rows_side_by_side_have_cores_of_their_own(driver, tmp_path, monkeypatch
         return [set(json.loads(pathlib.Path(f"{j.folder}.cores").read_text())) for j in jobs]
 
     assert told("ar", ["", ""]) == [mine]
+    assert told("ar,janus", ["0", "1"]) == [mine, mine]  # who has a GPU keeps all cores
     if len(mine) > 1:
         first, second = told("ar,janus", ["", ""])
         assert len(first) == len(second) == len(mine) // 2
         assert not first & second
+    assert os.sched_getaffinity(0) == mine
     assert driver.cores(len(mine) + 1) == [set()] * (len(mine) + 1)
+
+
+def test_where_no_process_can_be_bound_rows_share_the_cores(driver, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert driver.cores(2) == [set(), set()]
 
 
 def test_sigterm_reaches_what_was_started(driver, tmp_path, monkeypatch):

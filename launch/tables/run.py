@@ -35,7 +35,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -427,8 +427,7 @@ def measure(words: Sequence[str]) -> int:
 def cores(number: int) -> list[set[int]]:
     """The cores of this process in `number` parts, for jobs side by side; empty sets: let them share.
 
-    Two rows that share two cores wait for each other's threads: an update takes a tenth longer, and compiling
-    twice as long.
+    Two rows that share two cores wait for each other's threads: an update takes a tenth longer.
     """
     if number < 2 or not hasattr(os, "sched_getaffinity"):
         return [set()] * number
@@ -495,12 +494,14 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[str], stop: _Stop) -> dict[str
     shares = cores(len(slots)) if not any(slots) else [set()] * len(slots)
 
     def serve(device: str, share: set[int]) -> None:
+        if share:
+            os.sched_setaffinity(0, share)  # of this thread alone, and of the processes it starts
         while not stop.asked.is_set():
             with lock:
                 if not waiting:
                     return
                 job = waiting.pop(0)
-            code = _run_apart(job.commands, job.folder, device, len(slots) > 1, stop, share)
+            code = _run_apart(job.commands, job.folder, device, len(slots) > 1, stop)
             if code not in (0, STOPPED):
                 print(f"{job.folder}: failed (exit code {code}); see {_log(job.folder)}", file=sys.stderr)
             codes[str(job.folder)] = code
@@ -519,17 +520,9 @@ def _log(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _run_apart(
-    commands: Sequence[Command],
-    folder: pathlib.Path,
-    device: str,
-    shared: bool,
-    stop: _Stop,
-    share: Collection[int] = (),
+    commands: Sequence[Command], folder: pathlib.Path, device: str, shared: bool, stop: _Stop
 ) -> int:
-    """`work` in a process of its own, its output in a log beside the run.
-
-    `shared`: others are beside it; `share`: the cores that it is to keep to, none for all.
-    """
+    """`work` in a process of its own, its output in a log beside the run; `shared`: others are beside it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     print(
         f"{folder}: {len(commands)} commands{f' on GPU {device}' if device else ''}, log {_log(folder)}",
@@ -541,8 +534,6 @@ def _run_apart(
             words, stdout=log, stderr=log, env=_env(device, shared), start_new_session=True
         )
         stop.children.add(child)
-        if share and child.poll() is None:  # before it has any thread but its first
-            os.sched_setaffinity(child.pid, share)
         if stop.asked.is_set():  # asked for in between
             child.send_signal(signal.SIGTERM)
         code = child.wait()
