@@ -100,6 +100,17 @@ def test_a_row_that_changes_nothing_is_left_out(driver, tmp_path, capsys):
     assert "at this scale length_gradient is janus: left out" in capsys.readouterr().err
 
 
+def test_a_row_stays_what_its_name_says(driver, tmp_path):
+    """Whatever is set for all."""
+    words = ("--config.model.ar_positions=code", "--config.loss.objective=ar", "--config.seed=7", "--seeds=2")
+    args = parsed(driver, tmp_path, "multi30k", "--scale=cpu", "--rows=ar,janus,figure,aligned", *words)
+    made = {job.folder.name: settled(driver, job) for job in driver.plan(args)}
+    positions = {name: one.model.ar_positions for name, one in made.items() if "-s" not in name}
+    assert positions == {"ar": "code", "janus": "code", "figure": "figure", "aligned": "aligned"}
+    assert (made["ar"].loss.objective, made["janus"].loss.objective) == ("ar", "janus")
+    assert (made["janus"].seed, made["janus-s1"].seed) == (7, 1)
+
+
 def test_a_dry_run_prints_commands_and_leaves_no_trace(driver, tmp_path, capsys):
     words = ["multi30k", "--scale=smoke", f"--out={tmp_path / 'out'}", "--dry-run"]
     assert driver.main(words) == 0

@@ -8,7 +8,7 @@
   --rows=ROW,...           rows, or base, ablations, all (default: all; smoke: six of them)
   --seeds=N                seeds 0 to N-1 of each row (default: 1)
   --jobs=N                 rows at a time on each device
-  --config.KEY=VALUE       for all rows
+  --config.KEY=VALUE       for all rows but those that are about this key
   --bench=yes|no           measure speeds at the end, one row after the other (default: yes; smoke: no)
   --dry-run                print the commands
 
@@ -202,9 +202,9 @@ def settings_of(args: argparse.Namespace, scale: Scale, direction: str, row: str
         "data.target": target,
         "data.dir": str(out / "data"),
         **raw,
-        **ROWS[row].settings,
-        **({"seed": seed} if seed else {}),
         **args.settings,
+        **ROWS[row].settings,  # last: else the row would not be what its name says
+        **({"seed": seed} if seed else {}),
     }
 
 
