@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from janus_jax import losses, sharding
-from janus_jax.config import LossConfig, SpecialIds
+from janus_jax.config import KL_LEARNERS, LossConfig, SpecialIds
 
 Arrays = dict[str, jax.Array]
 Tree = Any  # a pytree of arrays
@@ -44,6 +44,7 @@ class Walk:
     streams: tuple[str, ...]
     cross_entropies: tuple[tuple[str, str], ...]  # (term, stream)
     divergences: tuple[tuple[str, str, str], ...] = ()  # (term, stream, stream)
+    learners: tuple[str, ...] = ()  # streams that the divergences have a gradient by
 
     def terms(self) -> tuple[str, ...]:
         """Names of everything summed up: `ar`, `nll_ar`, ..."""
@@ -115,13 +116,14 @@ def _walks(config: LossConfig) -> tuple[Walk, ...]:
     used = losses.coefficients(config)
     if config.objective == "rdrop":
         twice = (("ar", "ar"), ("ar", "ar_again"))
-        return (Walk("tokens", ("ar", "ar_again"), twice, (("kl_rdrop", "ar", "ar_again"),)),)
+        both = ("ar", "ar_again")
+        return (Walk("tokens", both, twice, (("kl_rdrop", *both),), both),)
     cross_entropies = tuple((name, name) for name in losses.CROSS_ENTROPIES if name in used)
     pairs = tuple((name, *pair) for name, pair in losses.DIVERGENCES.items() if name in used)
     streams = tuple(dict.fromkeys(stream for _, *found in (*cross_entropies, *pairs) for stream in found))
     if streams == ("ar",):
         return (Walk("tokens", streams, cross_entropies),)
-    over_m = Walk("masked", streams, cross_entropies, pairs)
+    over_m = Walk("masked", streams, cross_entropies, pairs, KL_LEARNERS[config.kl_learners])
     return (over_m, Walk("unmasked", ("ar",), (("ar", "ar"),))) if "ar" in used else (over_m,)
 
 
@@ -314,7 +316,7 @@ def _gradients(
 
     With p the softmax of logits z, y the truth smoothed, and d = log p - log q:
       cross-entropy of p       by z: p - y
-      (KL(p||q) + KL(q||p)) / 2    : (p d + p - q - p KL(p||q)) / 2
+      (KL(p||q) + KL(q||p)) / 2    : (p d + p - q - p KL(p||q)) / 2, where p learns from it
     """
     found = {name: jnp.float32(0) for name in log_p}
     p = {name: jnp.exp(x) for name, x in log_p.items()}
@@ -325,6 +327,8 @@ def _gradients(
         found[stream] += scales[term] * (p[stream] - smoothed)
     for term, *pair in walk.divergences:
         for (one, other), kl in zip((pair, pair[::-1]), one_way[term], strict=True):
+            if one not in walk.learners:
+                continue
             apart = log_p[one] - log_p[other]
             found[one] += scales[term] * 0.5 * (p[one] * (apart + 1 - kl[:, None]) - p[other])
     return {name: x * item[:, None] for name, x in found.items()}

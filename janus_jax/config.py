@@ -19,6 +19,7 @@ from typing import Any
 import ml_collections
 
 OBJECTIVES = ("janus", "ar", "cmlm", "rdrop")
+KL_LEARNERS = {"all": ("ar", "nar", "aux"), "nar_aux": ("nar", "aux"), "ar": ("ar",)}
 AR_POSITIONS = ("code", "figure", "aligned")
 AR_STREAMS = ("query", "content")
 SAMPLERS = ("span", "uniform")
@@ -131,6 +132,7 @@ class LossConfig:
     kl_ar_aux: float = 3.0
     kl_ar_nar: float = 1.0
     kl_warmup: float = 0.0  # share of the updates over which these three rise from 0 to what they are above
+    kl_learners: str = "all"  # all | nar_aux | ar: whom these three teach; nar_aux leaves AR as it is
     rdrop_alpha: float = 5.0  # objective rdrop: weight of its KL, as in the R-Drop paper
     chunk: int = 128  # slots whose logits exist at a time, on each device; 0: all of them (same numbers)
     # The decoder computes only what the loss reads; False: every stream at every place in every layer
@@ -355,6 +357,7 @@ def _faults(c: Config) -> Iterator[str]:
                 yield f"{key} must lie in [{low}, {high}), got {get(c, key)}"
 
     yield from one_of("loss.objective", OBJECTIVES)
+    yield from one_of("loss.kl_learners", tuple(KL_LEARNERS))
     yield from one_of("model.ar_positions", AR_POSITIONS)
     yield from one_of("model.ar_stream", AR_STREAMS)
     yield from one_of("model.norm", ("post", "pre"))

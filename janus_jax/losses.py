@@ -18,7 +18,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from janus_jax.config import LossConfig, SpecialIds
+from janus_jax.config import KL_LEARNERS, LossConfig, SpecialIds
 
 Terms = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight), float32 scalars
 
@@ -139,9 +139,11 @@ def terms(
             cross_entropy(name, log_p[name], target, in_m)
     if "length" in used:
         found["length"] = (length_sum(outputs.length, target, ids), weight["length"])
+    learners = KL_LEARNERS[config.kl_learners]
+    tied = {name: x if name in learners else jax.lax.stop_gradient(x) for name, x in log_p.items()}
     for name, (left, right) in DIVERGENCES.items():
         if name in used:
-            found[name] = (jnp.sum(symmetric_kl(log_p[left], log_p[right]) * in_m), weight[name])
+            found[name] = (jnp.sum(symmetric_kl(tied[left], tied[right]) * in_m), weight[name])
     if "kl_rdrop" in used:
         p, q = jnp.split(log_p["ar"], 2)
         found["kl_rdrop"] = (jnp.sum(symmetric_kl(p, q) * tokens), weight["kl_rdrop"])
@@ -185,7 +187,8 @@ def label_smoothed(log_probs: jax.Array, truth: jax.Array, smoothing: float) -> 
 def symmetric_kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """(KL(p||q) + KL(q||p)) / 2, summed over the vocabulary: two of [.., V] -> [..].
 
-    Gradients flow into both sides: each distribution learns from the other.
+    Gradients flow into both sides: each distribution learns from the other.  (`terms` holds one side still
+    where `loss.kl_learners` says so.)
     """
     return 0.5 * product_of_rows(jnp.exp(log_p) - jnp.exp(log_q), log_p - log_q)
 

@@ -23,6 +23,8 @@ CONFIGS = {
     "AR only in a KL": LossConfig(ar=0.0),
     "NAR and AUX": LossConfig(ar=0.0, kl_ar_aux=0.0, kl_ar_nar=0.0),
     "AR of janus": LossConfig(aux=0.0, nar=0.0, **NO_KL),
+    "AR teaches": LossConfig(kl_learners="nar_aux"),
+    "AR learns": LossConfig(kl_learners="ar"),
     "no smoothing": LossConfig(label_smoothing=0.0),
 }
 

@@ -113,6 +113,27 @@ def test_the_kl_terms_rise_from_nothing(outputs, batch):
         assert losses.kl_scale(other, jnp.int32(0), 100) is None
 
 
+@pytest.mark.parametrize(
+    ("learners", "moved"), [("all", "ar nar aux"), ("nar_aux", "nar aux"), ("ar", "ar")], ids=str
+)
+def test_the_kl_terms_teach_whom_they_are_to(outputs, batch, learners, moved):
+    """Their values and the other terms stay; only gradients of the KL terms go to `moved` alone."""
+    plain, config = LossConfig(), LossConfig(kl_learners=learners)
+    before, after = (losses.terms(outputs, *batch, c, IDS) for c in (plain, config))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+    def ties(streams, config):
+        found = losses.terms(SimpleNamespace(**streams, length=outputs.length), *batch, config, IDS)
+        return sum(getattr(config, name) * losses.mean(found[name]) for name in losses.DIVERGENCES)
+
+    streams = {name: getattr(outputs, name) for name in losses.CROSS_ENTROPIES}
+    both, ours = (jax.grad(ties)(streams, c) for c in (plain, config))
+    for name in streams:
+        assert np.abs(both[name]).max() > 1e-3
+        expected = both[name] if name in moved.split() else np.zeros((B, T, V))
+        np.testing.assert_array_equal(ours[name], expected, err_msg=name)
+
+
 def test_what_padding_and_fillers_predict_does_not_count(outputs, batch):
     target, masked = batch
     rng = np.random.default_rng(2)

@@ -34,6 +34,8 @@ ROWS: dict[str, Row] = {
     "no_kl_ar_nar": Row("w_an = 0: the paper's picture", {"loss.kl_ar_nar": 0.0}),
     "kl_ar_aux_1": Row("w_aa = 1", {"loss.kl_ar_aux": 1.0}),
     "kl_warmup": Row("KL weights rising from 0 over the first half", {"loss.kl_warmup": 0.5}),
+    "ar_teaches": Row("KL teaches NAR and AUX alone", {"loss.kl_learners": "nar_aux"}),
+    "ar_learns": Row("KL teaches AR alone", {"loss.kl_learners": "ar"}),
     "no_kl": Row(
         "AR and NAR side by side, no AUX, no KL",
         {
