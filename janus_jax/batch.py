@@ -73,7 +73,7 @@ def corrupted(
 def corrupt(
     target: np.ndarray, rngs: Sequence[np.random.Generator | None], config: BatchConfig, ids: SpecialIds
 ) -> np.ndarray:
-    """Draws the masked set M of each target (METHOD section 4).
+    """Draws the masked set M of each target (docs/method.md section 4).
 
     Args:
       target: [B, T] int32, BOS ... EOS PAD...

@@ -684,7 +684,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_workdir(flags_, required=True)
     flags_.add_argument("--output", type=as_path, required=True, metavar="DIR", help="the folder to write")
     flags_.add_argument(
-        "--decode", type=_mode, metavar="MODE", help="ar or nar (default: ar if the run has it)"
+        "--decode", type=_mode, metavar="MODE", help="ar, nar or draft (default: ar if the run has it)"
     )
     flags_.add_argument(
         "--platforms",

@@ -120,7 +120,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective and the weight of each of its terms (METHOD section 4)."""
+    """The objective and the weight of each of its terms (docs/method.md section 4)."""
 
     objective: str = "janus"  # janus | ar | cmlm | rdrop
     label_smoothing: float = 0.1

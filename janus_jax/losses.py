@@ -1,4 +1,4 @@
-"""The objectives: cross-entropies, symmetric KLs and the length loss (METHOD section 4).
+"""The objectives: cross-entropies, symmetric KLs and the length loss (docs/method.md section 4).
 
 Every term is a (weighted sum, weight) pair.  The weights are functions of the batch alone, so a sum
 is normalised once, over the whole global batch: the value does not depend on the number of devices,

@@ -1,4 +1,4 @@
-"""Every term of every objective against a plain loop over METHOD section 4."""
+"""Every term of every objective against a plain loop over docs/method.md section 4."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Each mask against a double loop over METHOD section 2's table, and against its own drawing."""
+"""Each mask against a double loop over the table of models/streams.py, and against its own drawing."""
 
 import inspect
 import re

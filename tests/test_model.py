@@ -1,4 +1,4 @@
-"""The model against a plain NumPy reading of METHOD sections 1 to 3, and what may flow where."""
+"""The model against a plain NumPy reading of docs/method.md sections 1 to 3, and what may flow where."""
 
 import dataclasses
 import functools
@@ -147,7 +147,7 @@ def embed(p, config, table, tokens, places):
 
 
 def sees(query, key, masked):
-    """METHOD section 2: does slot (stream, j) attend slot (stream, k)?"""
+    """The table of models/streams.py: does slot (stream, j) attend slot (stream, k)?"""
     (stream, j), (of, k) = query, key
     if stream in ("ar content", "ar query"):
         return of == "ar content" and k <= j

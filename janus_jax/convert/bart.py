@@ -25,7 +25,7 @@ def load_bart(
     """Reads a safetensors file and its config.json.
 
     BART predicts from the content stream and starts its decoder with </s>; it has no length table,
-    so ours starts as zeros, to be learnt in fine-tuning (METHOD section 6).
+    so ours starts as zeros, to be learnt in fine-tuning (docs/method.md section 6).
 
     Args:
       weights: model.safetensors.

@@ -175,7 +175,7 @@ def beam_search(
     reorder: Reorder = reorder_beams,
     axes: Any = None,
 ) -> BeamResult:
-    """The best hypotheses that a beam of N finds, for each sentence by itself (METHOD section 5).
+    """The best hypotheses that a beam of N finds, for each sentence by itself (docs/method.md section 5).
 
     Args:
       step: (tokens [B, N] int32, index [] int32, state) -> (logits [B, N, V], state); softmax is taken

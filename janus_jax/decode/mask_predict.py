@@ -15,7 +15,7 @@ there (`early_stop`) saves half of ten passes and keeps repetitions that the oth
 
 A kept slot keeps its symbol and log p, and can be masked again later.  Every row goes by its own
 length and stops by itself, at the latest when it has nothing left to fill (a short one before pass P),
-so its result depends on no other row.  Against the reference (METHOD section 5): the score counts
+so its result depends on no other row.  Against the reference (docs/method.md section 5): the score counts
 generated symbols only, so an empty candidate does not always win; a row that stops early keeps its
 last filling, without masks; a pad, if not banned, is a symbol like any other.
 
@@ -156,7 +156,7 @@ def mask_predict(
     *,
     axes: Any = None,
 ) -> MaskPredictResult:
-    """Fill and refine a canvas of each given length (METHOD section 5).
+    """Fill and refine a canvas of each given length (docs/method.md section 5).
 
     Args:
       look: (tokens [B, N, T] int32, memory) -> states [B, N, T, D].

@@ -198,7 +198,7 @@ class Decoder(nn.Module):
 
 
 class Janus(nn.Module):
-    """The model of METHOD sections 1 to 3."""
+    """The model of docs/method.md sections 1 to 3."""
 
     config: ModelConfig
 

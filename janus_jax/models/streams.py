@@ -1,7 +1,7 @@
 """The streams of the paper: which token and position sits in each slot, and who attends whom.
 
 One decoder stack, one embedding and one projection serve every distribution; "AR decoder", "NAR
-decoder" and "AUX" are ways to feed and to mask that stack (METHOD, sections 1 and 2).
+decoder" and "AUX" are ways to feed and to mask that stack (docs/method.md, sections 1 and 2).
 
   stream              token in its slot       position    attends
   AR content, i       y_i                     i (*)       AR content k <= i
