@@ -458,8 +458,8 @@ REPORT = """\
 Make tables and pictures from one run, or from the runs below a folder: scores, speed, cost of training, a
 paired bootstrap.
 
-reads    FOLDER, where it is a run directory; else those below it, however deep: one table for each folder
-         that holds some.  A directory's name is that of its row; ROW-s1, ROW-s2 are seeds of ROW
+reads    FOLDER, where it is a run directory; else those below it, up to five folders down: one table for
+         each folder that holds some.  A directory's name is that of its row; ROW-s1, ROW-s2 are seeds of ROW
 writes   FOLDER/table.md, table.csv, report.html (all in one file) and pictures, or the same in --output
 
 Runs that are unfinished, broken, of other settings or of another commit, and evaluations of another

@@ -43,6 +43,7 @@ _RARE = {
     "rescore": "rescore",
     "draft_top_k": "k",
     "draft_margin": "m",
+    "draft_block": "block",
     "ban_unk": "ban_unk",
 }
 _ONLY = {
@@ -69,12 +70,17 @@ class Evaluation:
 
 def relevant(decode: str, options: DecodeConfig) -> dict[str, Any]:
     """The options that can change what mode `decode` writes."""
-    unused = {"tokens", "draft_block"}.union(*(names for mode, names in _ONLY.items() if mode != decode))
+    unused = {"tokens"}.union(*(names for mode, names in _ONLY.items() if mode != decode))
     if decode == "nar" and not options.rescore:
         unused |= {"length_penalty"}
     if decode == "draft" and options.draft_top_k == 1:
-        unused |= {"draft_margin"}
+        unused |= {"draft_margin", "draft_block"}
     return {name: value for name, value in dataclasses.asdict(options).items() if name not in unused}
+
+
+def _told(decode: str, options: DecodeConfig) -> dict[str, Any]:
+    """What changes how many passes a text takes, if not the text."""
+    return {"draft_block": options.draft_block} if decode == "draft" else {}
 
 
 def name_of(
@@ -175,7 +181,7 @@ def evaluate(
         "speed": {**took.speed(), "batches": took.batches, "shapes": len(took.shapes)},
         "passes_per_sentence": None if decode == "ar" else took.passes / count,
         "cut": [{"line": line + 1, "tokens": tokens, "kept": kept} for line, tokens, kept in took.cut],
-        "options": relevant(decode, effective),
+        "options": relevant(decode, effective) | _told(decode, effective),
         "lengths": tables.TRUE if true_length else tables.PREDICTED,
         "batch_size": batch_size,
         "data": pairs.identity,

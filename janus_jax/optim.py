@@ -83,6 +83,11 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     )
 
 
+def applied(opt_state: optax.OptState) -> jax.Array:
+    """How many updates `optimizer` has made: an int32 scalar, without those that were skipped."""
+    return opt_state[1].count  # type: ignore[index,union-attr]
+
+
 def global_norm(tree: Tree) -> jax.Array:
     """The Euclidean norm of all entries of all arrays together: a float32 scalar, 0 for no arrays."""
     squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
@@ -100,7 +105,7 @@ def ema_update(ema: Tree, params: Tree, decay: float, step: jax.typing.ArrayLike
       ema: the average so far, same structure as `params`; a copy of the initial parameters to start with.
       params: parameters right after update `step`.
       decay: in (0, 1), config key optim.ema.
-      step: finished updates, this one included.
+      step: updates made, this one included.
     """
     # -expm1 keeps 1 - decay**step exact where decay**step is near 1
     weight = (1.0 - decay) / -jnp.expm1(jnp.asarray(step, jnp.float32) * math.log(decay))

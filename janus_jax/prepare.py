@@ -20,6 +20,7 @@ from janus_jax.config import Config
 from janus_jax.data import encoded, sources
 from janus_jax.data.catalogue import Progress
 from janus_jax.data.encoded import EncodedSource
+from janus_jax.data.lines import DataError
 from janus_jax.data.pipeline import BatchPlan
 from janus_jax.data.sources import DatasetReport
 from janus_jax.paths import AnyPath
@@ -100,6 +101,20 @@ def prepare(config: Config, workdir: AnyPath, console: Console | None = None) ->
     return prepared
 
 
+def check_dev(config: Config, dev: EncodedSource) -> None:
+    """Sees to it that there is something to measure on dev, before the first update rather than after many.
+
+    Raises:
+      DataError: none of its examples fits into a bucket.
+    """
+    longest = config.batch.buckets[-1]
+    if not (dev.lengths <= longest).any():
+        raise DataError(
+            f"data.dev_split {config.data.dev_split!r}: none of its {len(dev):,} pairs fits into the largest "
+            f"of batch.buckets ({longest}); raise that, or name another split"
+        )
+
+
 def _existing_vocabulary(config: Config, workdir: AnyPath) -> Vocabulary | None:
     """The vocabulary in `workdir`, or None if it has none; an error if it is another one."""
     if not ((workdir / MODEL_FILE).exists() and (workdir / INFO_FILE).exists()):
@@ -134,6 +149,7 @@ def _report(config: Config, prepared: Prepared, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
 
+    check_dev(config, prepared.splits[data.dev_split])
     plan = BatchPlan(prepared.splits[data.train_split].lengths, config.batch, seed=config.seed)
     shapes = Table(title="training batches", title_justify="left")
     for column in ("length", "rows", "padding"):

@@ -32,6 +32,7 @@ from janus_jax.text import Vocabulary
 
 LOCK = ".lock"
 BOUND = "vocabulary.sha256"  # beside the checkpoints: the vocabulary that they were made with
+BOUND_DATA = "training_data.sha256"  # and the encoded training pairs
 
 # What may change between two starts of the same run; all other keys define it.
 FREE = ("data.dir", "data.raw_dir", "data.dev_split", "data.test_split", "batch.workers", "batch.prefetch")
@@ -89,6 +90,32 @@ class Run:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.checkpoints / BOUND).write_text(vocabulary.sha256 + "\n", encoding="utf-8")
 
+    def bind_data(self, sha256: str, *, write: bool = True) -> None:
+        """Keeps beside the checkpoints which encoded training pairs they are made with, or compares.
+
+        Args:
+          sha256: of the pairs at hand.
+          write: False on processes that only compare.
+
+        Raises:
+          RunError: checkpoints are there, made with other pairs.
+        """
+        path = self.checkpoints / BOUND_DATA
+        if self.has_checkpoints() and path.is_file():
+            if (bound := path.read_text(encoding="utf-8").strip()) != sha256:
+                raise RunError(
+                    f"{self.folder}: the checkpoints were made with other training data: the encoded pairs "
+                    f"had sha256 {bound}, those in {self.data_folder} have {sha256}; set data.dir and "
+                    "data.raw_dir back to the data of this run, or choose another --workdir"
+                )
+        elif write:
+            path.write_text(sha256 + "\n", encoding="utf-8")
+
+    def record(self) -> None:
+        """Writes down its configuration and the versions of the packages here."""
+        report.write_json(self.folder / "config.json", self.config.to_dict())
+        report.write_json(self.folder / "versions.json", report.versions())
+
     def _bound_vocabulary(self) -> str | None:
         path = self.checkpoints / BOUND
         return path.read_text(encoding="utf-8").strip() if path.is_file() else None
@@ -101,14 +128,20 @@ class Run:
             exponential average is taken where the run keeps one.
 
         Raises:
-          RunError: `which` is none of these.
+          RunError: `which` is none of these, or asks for the mean of more checkpoints than a run keeps.
           checkpoint.NoCheckpointError: there is no such checkpoint.
         """
         part = "ema" if self.config.optim.ema else "params"
         kind, _, number = which.partition(":")
         if kind == "average" and number.isdigit():
+            if int(number) > (kept := self.config.train.keep_last):
+                raise RunError(  # an older one is there only where it is best on dev
+                    f"cannot average the last {number} checkpoints of {self.folder}: train.keep_last is "
+                    f"{kept}; ask for 1 to {kept}, or train with a larger one"
+                )
             found = checkpoint.average_params(self.checkpoints, int(number), part)
-            return found, f"average of the last {number} checkpoints"
+            steps = checkpoint.list_steps(self.checkpoints)[-int(number) :]
+            return found, f"average of steps {', '.join(map(str, steps))}"
         if which not in ("best", "latest") and not which.isdigit():
             raise RunError(f"--checkpoint must be best, latest, a step or average:N, got {which!r}")
         wanted = int(which) if which.isdigit() else which
@@ -142,7 +175,8 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
     """The run directory `folder` for `config`, made if need be.
 
     Settings that do not change what is learnt (cadences, decoding defaults, devices, places of data)
-    may differ from those it was made with, and are updated; the others may not.
+    may differ from those it was made with; the others may not.  They are written down where there is no
+    checkpoint yet; else `Run.record` does that, once there is an update to be made with them.
 
     Raises:
       RunError: the folder belongs to another configuration (names every key that differs), or holds
@@ -167,10 +201,11 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
             f"{folder} has checkpoints but no config.json, so what they belong to is unknown; "
             "put the config.json back, or choose another --workdir"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    report.write_json(folder / "config.json", config.to_dict())
-    report.write_json(folder / "versions.json", report.versions())
-    return Run(folder, config)
+    claimed = Run(folder, config)
+    if not claimed.has_checkpoints():
+        folder.mkdir(parents=True, exist_ok=True)
+        claimed.record()
+    return claimed
 
 
 @contextmanager
@@ -204,4 +239,6 @@ def free(key: str, config: Config) -> bool:
     """Whether `key` may change between two starts of a run of `config`."""
     if key == "train.steps" and config.optim.schedule == "polynomial":
         return False  # the schedule ends there
+    if key == "train.steps" and config.loss.objective == "janus" and config.loss.kl_warmup:
+        return False  # a share of them is the warm-up of the ties
     return key in (*FREE, *FREE_MODEL) or key.startswith(FREE_SECTIONS)

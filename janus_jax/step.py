@@ -97,7 +97,11 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
     ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (grad_norm <= c.train.max_grad_norm)
     updates, opt_state = optim.optimizer(c.optim, c.train.steps).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = None if state.ema is None else optim.ema_update(state.ema, params, c.optim.ema, state.step + 1)
+    ema = (
+        None
+        if state.ema is None
+        else optim.ema_update(state.ema, params, c.optim.ema, optim.applied(opt_state))
+    )
     new = (params, opt_state, ema)
     old = (state.params, state.opt_state, state.ema)
     params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
@@ -108,7 +112,7 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
         **found,
         **({} if scale is None else {"kl_scale": scale}),
         "grad_norm": grad_norm,
-        "lr": optim.schedule(c.optim, c.train.steps)(state.step),
+        "lr": optim.schedule(c.optim, c.train.steps)(optim.applied(state.opt_state)),
         "tokens": tokens,
         "masked": jnp.sum(batch["masked"], dtype=jnp.float32) / jnp.maximum(tokens, 1.0),
         "ok": ok,

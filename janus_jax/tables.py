@@ -64,10 +64,21 @@ IDLE = (
     "train.microbatches",
     "train.log_every",
     "train.keep_last",
+    "train.checkpoint_every",  # what is evaluated on dev is saved in any case
     "train.nonfinite",
     "train.max_skipped",
     "train.max_grad_norm",
     "train.tensorboard",
+)
+# Of these `decode.` keys, what dev is decoded with chooses the checkpoint that is best by BLEU.
+DEV_DECODING = (
+    "decode.candidates",
+    "decode.rescore",
+    "decode.early_stop",
+    "decode.length_penalty",
+    "decode.max_length_a",
+    "decode.max_length_b",
+    "decode.ban_unk",
 )
 FIRST_ROWS = ("ar_content", "ar", "rdrop", "cmlm", "janus")  # the others follow by name
 ABLATED = "janus"  # the row that ablations change one thing of
@@ -155,6 +166,11 @@ class Trained:
     def updates(self) -> int:
         """Updates that were made and written down."""
         return max((r["step"] for r in self.rows if r["kind"] in ("train", "dev")), default=0)
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were passed over, as they were not finite or exploded."""
+        return len({r["step"] for r in self.rows if r["metrics"].get("event") == "skipped"})
 
     @property
     def commits(self) -> tuple[str, ...]:
@@ -285,6 +301,8 @@ def _unfinished(run: Trained) -> list[str]:
     if run.updates < wanted or not ended:
         return [f"unfinished, {run.updates:,} of {wanted:,} updates" + (", last evaluation on dev missing" if
                 run.updates == wanted else "")]  # fmt: skip
+    if run.skipped:
+        return [f"{run.skipped:,} of its updates were skipped (train.nonfinite)"]
     return []
 
 
@@ -303,7 +321,8 @@ def equal_terms() -> tuple[str, ...]:
 
 def _other_settings(run: Trained, finished: Sequence[Trained]) -> list[str]:
     found = []
-    for key in equal_terms():
+    by_bleu = run.config is not None and run.config.train.best == "bleu"
+    for key in (*equal_terms(), *(DEV_DECODING if by_bleu else ())):
         own = configuration.get(run.config, key)  # type: ignore[arg-type]
         most = _common([configuration.get(r.config, key) for r in finished if r.config])
         if own != most:
@@ -554,6 +573,7 @@ def versus_baseline(judged: Judged, references: References, samples: int = SAMPL
     """
     found = []
     base = judged.rows.get(judged.baseline, [])
+    seeds = {b.name: f"{b.row}, seed {b.config.seed}" for b in base if b.config and len(base) > 1}
     for run in judged.runs if base else ():
         if run.row == judged.baseline:
             continue
@@ -561,7 +581,8 @@ def versus_baseline(judged: Judged, references: References, samples: int = SAMPL
             one = judged.evaluations.get((run.name, way.name))
             rival = _rival(judged, base, run, way) if one else None
             if one and rival:
-                found.append(_versus(run, one, way, *rival, references, samples))
+                name = f"{seeds.get(rival[0].name, rival[0].name)}, {rival[2].label}"
+                found.append(_versus(run, one, way, *rival[:2], name, references, samples))
     return found
 
 
@@ -581,10 +602,9 @@ def _rival(
 
 
 def _versus(
-    run: Trained, one: Evaluated, way: Way, base: Trained, other: Evaluated, against: Way,
+    run: Trained, one: Evaluated, way: Way, base: Trained, other: Evaluated, name: str,
     references: References, samples: int,
 ) -> Versus:  # fmt: skip
-    name = f"{base.name}, {against.label}"
     try:
         for who, what in ((run, one), (base, other)):
             if what.hypotheses is None:
@@ -842,13 +862,19 @@ def speed(judged: Judged, measured: Speeds) -> Table | None:
     return Table("Speed", ("row", "decoding", *columns), tuple(rows), note, left=2)
 
 
-def cost(judged: Judged) -> Table:
-    """What training took, against the baseline row."""
+def timed(judged: Judged) -> tuple[str, dict[str, Spread | None]]:
+    """The kind of device that most runs were trained on, and seconds an update there by row."""
     device = _common([run.devices for run in judged.runs if len(run.devices) == 1])
     seconds = {
         row: spread([update_seconds(run) for run in runs if run.devices == device])
         for row, runs in judged.rows.items()
     }
+    return (device[0] if device else ""), seconds
+
+
+def cost(judged: Judged) -> Table:
+    """What training took, against the baseline row."""
+    device, seconds = timed(judged)
     base = seconds.get(judged.baseline)
     rows = []
     for row, runs in judged.rows.items():
@@ -862,7 +888,7 @@ def cost(judged: Judged) -> Table:
                 f"{own.mean / base.mean:.2f}" if own and base else "",
             )
         )
-    where = f" on {device[0]}" if device else ""
+    where = f" on {device}" if device else ""
     columns = ("row", "updates", "s an update", "hours of updates", f"an update, {judged.baseline} = 1")
     note = (
         f"Medians of what training wrote down{where}, compiling, evaluating on dev and saving apart.  What "
@@ -924,20 +950,26 @@ def apart(judged: Judged, measured: Speeds, versus: Sequence[Versus] = ()) -> li
 TIMED = ("seconds_per_update", "sentences_per_s_batch_1", "sentences_per_s_batch_128")  # columns of the clock
 CSV_COLUMNS = (
     "set", "row", "run", "seeds", "status", "updates", "split", "way", "bleu", "bleu_sd", "chrf", "chrf_sd",
-    "bleu_tok_lc", "bleu_tok_lc_sd", "length_ratio", "repetition", "passes", "against", "difference", "p",
-    "resamples", "bleu_signature", "chrf_signature", "bleu_tok_lc_signature", "commit", *TIMED,
+    "bleu_tok_lc", "bleu_tok_lc_sd", "length_ratio", "length_ratio_sd", "repetition", "repetition_sd",
+    "passes", "against", "difference", "interval_low", "interval_high", "p", "resamples", "bleu_signature",
+    "chrf_signature", "bleu_tok_lc_signature", "commit", "device", *TIMED,
 )  # fmt: skip
 
 
 def csv_rows(
     name: str, judged: Judged, versus: Sequence[Versus], measured: Speeds
 ) -> Iterator[dict[str, Any]]:
-    """One line for each row and way, with every digit; then one for each run that is set apart."""
-    first = {(v.run, v.way): v for v in versus if v.found}
+    """One line for each row and way, with every digit; then one for each run that is set apart.
+
+    What is compared seed by seed holds a value for each seed, parted by "; ".
+    """
+    names = {run.name: run.row for run in judged.runs}
+    device, seconds = timed(judged)
     for row, runs in judged.rows.items():
         base = {"set": name, "row": row, "seeds": len(runs), "status": "ok", "updates": runs[0].updates}
-        timed = spread([update_seconds(run) for run in runs])
-        base |= {"commit": " ".join(runs[0].commits), "seconds_per_update": timed.mean if timed else None}
+        base |= {"commit": " ".join(runs[0].commits)}
+        if own := seconds[row]:
+            base |= {"device": device, "seconds_per_update": own.mean}
         there = [way for way in judged.ways() if judged.of(row, way.name)]
         for way in there:
             pairs = judged.of(row, way.name)
@@ -950,9 +982,18 @@ def csv_rows(
                     line |= {key: found.mean, f"{key}_sd": found.sd}
             passes = spread([e.result.get("passes_per_sentence") for _, e in pairs])
             line["passes"] = passes.mean if passes else None
-            if (compared := first.get((run.name, way.name))) and compared.found:
-                line |= {"against": compared.against, "difference": compared.found.difference,
-                         "p": compared.found.p_value, "resamples": compared.found.samples}  # fmt: skip
+            mine = [(v.against, v.found) for v in versus
+                    if names[v.run] == row and v.way == way.name and v.found]  # fmt: skip
+            compared: dict[str, list[Any]] = {
+                "against": list(dict.fromkeys(against for against, _ in mine)),
+                "difference": [c.difference for _, c in mine],
+                "interval_low": [c.interval[0] for _, c in mine],
+                "interval_high": [c.interval[1] for _, c in mine],
+                "p": [c.p_value for _, c in mine],
+            }
+            for key, values in compared.items():
+                line[key] = values[0] if len(values) == 1 else "; ".join(map(str, values))
+            line["resamples"] = mine[0][1].samples if mine else None
             for batch in SPEED_BATCHES:
                 rate = measured.found.get((row, way.label, batch))
                 line[f"sentences_per_s_batch_{batch}"] = rate

@@ -94,14 +94,17 @@ def _open_run(config: Config, workdir: paths.AnyPath, stack: ExitStack) -> run.R
     """
     if not processes.is_main():
         with run.locked(prepare.data_folder(config, workdir), wait=True):  # others of the same machine
-            prepare.prepare(config, workdir, Console(quiet=True))
-        return run.open_run(workdir)
+            prepared = prepare.prepare(config, workdir, Console(quiet=True))
+        opened = run.Run(workdir, config)
+        opened.bind_data(prepared.splits[config.data.train_split].sha256(), write=False)
+        return opened
     stack.enter_context(run.locked(workdir))
     opened = run.claim(workdir, config)
-    prepare.prepare(config, workdir)
+    prepared = prepare.prepare(config, workdir)
     vocabulary = opened.vocabulary()
     if not opened.has_checkpoints():
         opened.bind_vocabulary(vocabulary)
+    opened.bind_data(prepared.splits[config.data.train_split].sha256())
     return opened
 
 
@@ -137,6 +140,8 @@ class _Training:
                 f"already trained: {start} updates of {config.train.steps}; raise train.steps to go on"
             )
             return DONE
+        if processes.is_main():
+            self.opened.record()
         console = Console(stderr=True, quiet=not processes.is_main())
         with (
             self._writer(start) as self.writer,
@@ -308,6 +313,7 @@ class _Dev:
     def __init__(self, training: _Training) -> None:
         self.training, config = training, training.config
         self.examples = _open(training.opened, config.data.dev_split, training.vocabulary)
+        prepare.check_dev(config, self.examples)
         pairs = open_split(config.data, training.opened.data_folder, config.data.dev_split)
         wanted = config.train.dev_sentences
         count = len(pairs) if wanted == 0 else min(max(wanted, 0), len(pairs))

@@ -283,6 +283,16 @@ def test_encode_split(tmp_path, vocabulary):
     assert tokens(again, "target", 3) == tokens(data, "target", 3)
 
 
+def test_the_hash_is_of_the_pairs_and_not_of_where_they_came_from(tmp_path, vocabulary):
+    data = encoded.encode_split(pairs(), vocabulary, tmp_path)
+    moved = encoded.encode_split(pairs(identity="elsewhere"), vocabulary, tmp_path / "other")
+    assert len(data.sha256()) == 64
+    assert moved.sha256() == data.sha256()
+    shuffled = [TEXT[0], TEXT[1], (TEXT[2][0], TEXT[3][1]), (TEXT[3][0], TEXT[2][1])]
+    for other in (shuffled, TEXT[:3], TEXT[::-1]):
+        assert encoded.encode_split(pairs(other, str(other)), vocabulary, tmp_path).sha256() != data.sha256()
+
+
 def test_another_text_or_vocabulary_is_another_copy(tmp_path, vocabulary):
     encoded.encode_split(pairs(), vocabulary, tmp_path)
     other = Vocabulary.train([side for pair in TEXT for side in pair], VocabConfig(), 288, IDS)

@@ -91,6 +91,8 @@ def test_the_first_examples_only(tiny_run, tiny_translator, tmp_path):
         ("ar", {}, {"checkpoint": "average:5", "limit": 10}, "ar-b5-average5-first10"),
         ("ar", {}, {"checkpoint": "1000"}, "ar-b5-step1000"),
         ("ar", {}, {"checkpoint": "latest"}, "ar-b5-latest"),
+        ("draft", {"draft_block": 4}, {}, "draft"),  # the same text
+        ("draft", {"draft_block": 4, "draft_top_k": 3}, {}, "draft-k3-block4"),
         ("nar", {}, {"true_length": True, "checkpoint": "1000"}, "nar-T10-c3-true_length-step1000"),
     ],
 )
@@ -104,7 +106,7 @@ def test_no_option_that_matters_is_missing_from_the_name(option):
     other = dataclasses.replace(
         DecodeConfig(), **{option: not default if isinstance(default, bool) else default + 1}
     )
-    for mode in ("ar", "nar"):
+    for mode in ("ar", "nar", "draft"):
         matters = option in evaluate.relevant(mode, other)
         assert (name_of(mode, other) != name_of(mode, DecodeConfig())) == matters
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import pathlib
 import random
 
 import numpy as np
@@ -105,6 +106,14 @@ def test_a_split_that_is_not_there_fails_before_a_vocabulary_is_trained(config, 
     with pytest.raises(DataError, match="has no split 'dev'; it has test, train, val"):
         run(wrong, tmp_path / "run")
     assert not (tmp_path / "run" / MODEL_FILE).exists()
+
+
+def test_a_dev_set_that_fits_no_bucket_is_refused_at_once(config, tmp_path):
+    folder = pathlib.Path(config.data.raw_dir)
+    for language, word in (("de", "Hund"), ("en", "dog")):
+        (folder / f"val.{language}").write_text(f"{' '.join([word] * 90)}\n" * 10, encoding="utf-8")
+    with pytest.raises(DataError, match=r"data.dev_split 'val': none of its 10 pairs .*batch.buckets \(64\)"):
+        run(config, tmp_path / "run")
 
 
 def test_too_large_a_vocabulary(config, tmp_path):

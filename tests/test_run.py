@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from janus_jax import run
-from janus_jax.config import Config, DecodeConfig, ModelConfig, OptimConfig, TrainConfig
+from janus_jax.config import Config, DecodeConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from janus_jax.run import RunError
 from janus_jax.text import Vocabulary
 
@@ -55,6 +55,36 @@ def test_the_end_of_a_polynomial_schedule_is_fixed(tmp_path):
     run.claim(tmp_path, Config(optim=OptimConfig(schedule="polynomial")))
     with pytest.raises(RunError, match=r"train.steps: 20000 there, 5 asked for"):
         run.claim(tmp_path, Config(optim=OptimConfig(schedule="polynomial"), train=TrainConfig(steps=5)))
+
+
+def test_the_end_of_a_run_whose_ties_rise_is_fixed(tmp_path):
+    rising = Config(loss=LossConfig(kl_warmup=0.5))
+    run.claim(tmp_path, rising)
+    with pytest.raises(RunError, match=r"train.steps: 20000 there, 5 asked for"):
+        run.claim(tmp_path, dataclasses.replace(rising, train=TrainConfig(steps=5)))
+
+
+def test_what_a_run_was_trained_with_is_kept_until_it_goes_on(tiny_copy):
+    other = dataclasses.replace(tiny_copy.config, decode=DecodeConfig(beam=7))
+    opened = run.claim(tiny_copy.folder, other)
+    assert run.open_run(tiny_copy.folder).config == tiny_copy.config
+    opened.record()
+    assert run.open_run(tiny_copy.folder).config == other
+
+
+def test_the_training_data_of_the_checkpoints_are_remembered(tiny_copy):
+    opened = run.open_run(tiny_copy.folder)
+    opened.bind_data("1" * 64)  # a run of before: bound as it goes on
+    opened.bind_data("1" * 64)
+    for write in (True, False):
+        with pytest.raises(RunError, match=r"made with other training data: .*set data.dir and data.raw_dir"):
+            opened.bind_data("2" * 64, write=write)
+
+
+def test_no_average_over_more_than_a_run_keeps(tiny_copy):
+    kept = dataclasses.replace(tiny_copy.config, train=TrainConfig(keep_last=1))
+    with pytest.raises(RunError, match=r"last 2 checkpoints of .*: train.keep_last is 1; ask for 1 to 1"):
+        run.Run(tiny_copy.folder, kept).params("average:2")
 
 
 @pytest.mark.parametrize(

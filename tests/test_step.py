@@ -286,6 +286,20 @@ def test_a_nan_goes_no_further(start, batch):
     assert_unchanged(state.opt_state, after.opt_state)
 
 
+def test_skipped_updates_count_neither_for_the_rate_nor_for_the_average(start, batch):
+    rising = {"schedule": "constant", "warmup_steps": 8}
+    strict = changed(loss={"objective": "ar"}, optim=rising, train={"max_grad_norm": 1e-3})
+    good = changed(loss={"objective": "ar"}, optim=rising)
+    state = start
+    for _ in range(3):
+        state, skipped = train_step(state, batch, strict)
+    after, metrics = train_step(state, batch, good)
+    _, first = train_step(start, batch, good)
+    assert skipped["lr"] == metrics["lr"] == first["lr"]
+    for name, value in after.params.items():
+        jax.tree.map(np.testing.assert_array_equal, after.ema[name], value)
+
+
 def test_a_good_update_ends_a_row_of_skipped_ones(start, batch):
     after, metrics = train_step(start._replace(skipped=jnp.int32(7)), batch, BASE)
     assert (metrics["ok"], metrics["skipped"], after.skipped) == (1, 0, 0)

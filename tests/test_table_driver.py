@@ -46,6 +46,7 @@ def parsed(driver, tmp_path, *words):
         (("multi30k", "--scale=cpu", "--raw_dir=/nowhere"), "no such folder"),
         (("multi30k", "--scale=cpu", "--config.model.dim"), "write it as --config.KEY=VALUE"),
         (("multi30k", "--scale=cpu", "--config.model.dmi=3"), "did you mean --config.model.dim?"),
+        (("multi30k", "--scale=cpu", "--config.decode.beam=3"), "rows are decoded in the ways of the table"),
         (("tatoeba", "--scale=cpu"), "--raw_dir=FOLDER is needed"),
     ],
 )
@@ -117,6 +118,7 @@ def test_a_dry_run_prints_commands_and_leaves_no_trace(driver, tmp_path, capsys)
     lines = [w for w in capsys.readouterr().out.splitlines() if w.startswith("janus-jax ")]
     assert sum(line.startswith("janus-jax train") for line in lines) == 6
     assert lines[-1].startswith("janus-jax report")
+    assert "--split=test" in lines[-1]
     assert not (tmp_path / "out").exists()
 
 
@@ -150,6 +152,9 @@ def test_what_is_finished_is_skipped(driver, tmp_path):
     assert driver.plan(args)[0].commands == []
     (run / "eval" / f"{split}.ar-b5.hyp").unlink()
     assert driver.plan(args)[0].missing == ["ar-b5"]
+    split = "--config.data.test_split=val"
+    left = driver.plan(parsed(driver, tmp_path, "multi30k", "--scale=cpu", "--rows=ar", split))[0].commands
+    assert [(c[0], "--split=val" in c) for c in left] == [("evaluate", True)] * 2
     other = parsed(driver, tmp_path, "multi30k", "--scale=cpu", "--rows=ar", "--config.model.dropout=0.2")
     assert driver.plan(other)[0].commands[0][0] == "train"  # which says what differs
 

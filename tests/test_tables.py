@@ -78,7 +78,8 @@ def test_all_of_a_report(tmp_path, capsys):
     assert float(best["bleu"]) == pytest.approx(sum(own) / 2)
     assert float(best["bleu_sd"]) == pytest.approx(abs(own[0] - own[1]) / 2**0.5)
     assert (best["seeds"], best["against"], best["resamples"]) == ("2", "ar, AR beam 5", "50")
-    assert 0 < float(best["p"]) <= 1
+    assert len(best["p"].split("; ")) == 2
+    assert all(0 < float(p) <= 1 for p in best["p"].split("; "))
     assert lines["janus", "draft"]["against"] == "ar, AR greedy"
     assert lines["janus", "nar-T10-c3"]["against"] == "ar, AR beam 5"
     assert float(best["sentences_per_s_batch_128"]) == 100
@@ -215,6 +216,7 @@ def test_unfinished_runs(tmp_path):
         ({"data__size": 7}, "data.size = 7"),
         ({"loss__label_smoothing": 0.0}, "loss.label_smoothing = 0.0"),
         ({"train__dev_beam": 5}, "train.dev_beam = 5"),
+        ({"decode__candidates": 7}, "decode.candidates = 7"),  # dev is decoded so, and chooses the checkpoint
     ],
 )
 def test_other_settings(tmp_path, keys, told):
@@ -235,7 +237,54 @@ def test_what_rows_are_about_and_what_changes_nothing_may_differ(tmp_path):
     three(tmp_path)
     write(tmp_path, "uniform", batch__sampler="uniform", batch__workers=7, decode__beam=3, loss__chunk=0)
     write(tmp_path, "aligned", model__ar_positions="aligned", data__dir="/elsewhere", train__log_every=7)
+    write(tmp_path, "figure", model__ar_positions="figure", train={"steps": 400, "eval_every": 200})
     assert not judged(tmp_path).apart_runs
+
+
+def test_where_the_loss_chooses_the_checkpoint_what_dev_is_decoded_with_may_differ(tmp_path):
+    write(tmp_path, "ar", train={"steps": 400, "best": "loss"})
+    write(tmp_path, "janus", train={"steps": 400, "best": "loss"}, decode__candidates=7)
+    assert not judged(tmp_path).apart_runs
+
+
+def test_skipped_updates_set_apart(tmp_path):
+    three(tmp_path)
+    run = write(tmp_path, "janus-s1", train__nonfinite="skip")
+    skipped = fabricate.event("skipped", 70, COMMIT)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(skipped) + "\n")
+    assert why(judged(tmp_path), "janus-s1") == "1 of its updates were skipped (train.nonfinite)"
+
+
+def test_seeds_of_the_baseline_are_told_apart(tmp_path):
+    for name, wrong in (("ar", 5), ("ar-s1", 4), ("rdrop", 3), ("janus", 3), ("janus-s1", 2)):
+        write(tmp_path, name, ways={"ar-b5": wrong})
+    (section,) = results.write(tmp_path, samples=20)
+    against = {v.run: v.against for v in section.versus}
+    assert against == {
+        "rdrop": "ar, seed 0, AR beam 5",
+        "janus": "ar, seed 0, AR beam 5",
+        "janus-s1": "ar, seed 1, AR beam 5",
+    }
+    with open(tmp_path / "table.csv", newline="") as file:
+        (line,) = [line for line in csv.DictReader(file) if line["row"] == "janus"]
+    found = {v.run: v.found for v in section.versus}
+    for key, name in (("difference", "difference"), ("p", "p_value")):
+        values = [float(x) for x in line[key].split("; ")]
+        assert values == [getattr(found[run], name) for run in ("janus", "janus-s1")]
+    assert line["against"] == "ar, seed 0, AR beam 5; ar, seed 1, AR beam 5"
+    assert float(line["interval_low"].split("; ")[1]) == found["janus-s1"].interval[0]
+
+
+def test_time_on_another_device_is_in_no_mean(tmp_path):
+    three(tmp_path)
+    run = write(tmp_path, "janus-s1", second=0.001)
+    text = (run / "metrics.jsonl").read_text().replace('"device": "cpu"', '"device": "gpu"')
+    (run / "metrics.jsonl").write_text(text)
+    results.write(tmp_path, samples=20)
+    with open(tmp_path / "table.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["row"] == "janus"]
+    assert {(float(line["seconds_per_update"]), line["device"]) for line in lines} == {(0.1, "cpu")}
 
 
 def test_where_opinions_are_even_the_baseline_decides(tmp_path):
@@ -309,7 +358,7 @@ def changed(way="ar-b5", **changes):
     ("changes", "told"),
     [
         ({"checkpoint": "step 200"}, "of step 200, and best on dev is step 400: evaluate again"),
-        ({"checkpoint": "average of the last 5 checkpoints"}, "best on dev is step 400"),
+        ({"checkpoint": "average of steps 100, 200, 400"}, "best on dev is step 400"),
         ({"vocabulary_sha256": "1" * 64}, "of another vocabulary than its run has"),
         ({"data": "parallel_text/other"}, "test data parallel_text/other"),
         ({"scores__sentences": 11}, "sentences: 11, that of the others 12"),

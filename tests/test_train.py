@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,21 @@ def test_a_finished_run_is_left_alone(finished, data, capsys):
     assert train.train(tiny(data__dir=str(data)), finished) == train.DONE
     assert "already trained" in capsys.readouterr().out
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_keeps_what_it_was_trained_with(finished, data):
+    before = (finished / "config.json").read_bytes(), (finished / "versions.json").read_bytes()
+    assert train.train(tiny(data__dir=str(data), train__eval_every=7), finished) == train.DONE
+    assert ((finished / "config.json").read_bytes(), (finished / "versions.json").read_bytes()) == before
+
+
+def test_other_training_data_are_refused(finished, data, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    bound = folder / "checkpoints" / run.BOUND_DATA
+    assert len(bound.read_text().strip()) == 64
+    bound.write_text("0" * 64 + "\n")  # as if these had been made with others
+    with pytest.raises(run.RunError, match="made with other training data"):
+        train.train(tiny(data__dir=str(data), train__steps=STEPS + 1), folder)
 
 
 def test_a_finished_run_goes_on_when_more_is_asked_for(finished, data, tmp_path):

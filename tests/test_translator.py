@@ -205,7 +205,7 @@ def test_choice_of_checkpoint(tiny_run):
         "step 1",
         "step 2",
         "step 2",
-        "average of the last 2 checkpoints",
+        "average of steps 1, 2",
     ]
     for wrong in ("newest", "average:x", "-1"):
         with pytest.raises(RunError, match=r"must be best, latest, a step or average:N"):

@@ -49,6 +49,13 @@ class EncodedSource:
         """[N] int64: the longer side of each pair."""
         return np.maximum(self.source_lengths, self.target_lengths)
 
+    def sha256(self) -> str:
+        """Of all tokens and lengths, in order: the same wherever the pairs came from."""
+        digest = hashlib.sha256()
+        for name in _ARRAYS:
+            digest.update(np.ascontiguousarray(self._arrays[name]).data)
+        return digest.hexdigest()
+
     def padded(self, side: str, indices: np.ndarray, length: int) -> np.ndarray:
         """[B, length] int32: the `side` ("source" | "target") of pairs, PAD after EOS.
 

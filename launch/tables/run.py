@@ -66,12 +66,12 @@ class Job:
     seed: int
     train: Command
     evaluate: dict[str, Command]  # by the name of the way
+    settled: Any  # the configuration
     trained: bool = False
     missing: list[str] = field(default_factory=list)  # ways that are still to be evaluated
     updates: int = 0
     done: int = 0  # updates made before
     kind: str = ""  # what decides how long an update takes
-    settled: Any = None  # the configuration
 
     @property
     def commands(self) -> list[Command]:
@@ -115,6 +115,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         if word.startswith("--config."):
             if not equals:
                 raise Misused(f"{word}: write it as --config.KEY=VALUE")
+            if key.startswith("decode."):
+                raise Misused(
+                    f"{word}: rows are decoded in the ways of the table; janus-jax evaluate decodes a run in "
+                    "any other way"
+                )
             settings[key] = value
         else:
             rest.append(word)
@@ -215,21 +220,22 @@ def _job(args: argparse.Namespace, scale: Scale, direction: str, row: str, seed:
     settings = settings_of(args, scale, direction, row, seed)
     train = ["train", f"--config={_near(ROOT / scale.config)}", f"--workdir={folder}"]
     train += [f"--config.{key}={_written(value)}" for key, value in settings.items()]
-    objective = str(settings.get("loss.objective", "janus"))
+    settled = _settled(train)
     ways = {way.name: way for way in tables.WAYS}
     evaluate = {}
-    for name in tables.ways_of(objective):
+    for name in tables.ways_of(settled.loss.objective):
         way = ways[name]
         options = [f"--{key}={_written(value)}" for key, value in way.how.options.items()]
         options += ["--true_length"] if way.true_length else []
         evaluate[name] = [
             "evaluate",
             f"--workdir={folder}",
+            f"--split={settled.data.test_split}",
             f"--decode={way.how.decode}",
             *options,
             "--show=0",
         ]
-    job = Job(folder, row, seed, train, evaluate)
+    job = Job(folder, row, seed, train, evaluate, settled=settled)
     _look(job)
     return job
 
@@ -245,14 +251,20 @@ def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _settled(train: Command) -> Any:
+    """The configuration that a command trains."""
+    from janus_jax import cli
+
+    args, overrides = cli.parse(train)
+    return cli.resolve_config(args.config, None, overrides)
+
+
 def _look(job: Job) -> None:
     """Notes what of the job is done: settings alike, the last checkpoint there, evaluations of the best."""
-    from janus_jax import cli, config, run, tables
+    from janus_jax import config, run, tables
     from janus_jax.results import read_run
 
-    args, overrides = cli.parse(job.train)
-    wanted = cli.resolve_config(args.config, None, overrides)
-    job.settled = wanted
+    wanted = job.settled
     job.updates, job.missing = wanted.train.steps, list(job.evaluate)
     loss = wanted.loss
     aux = loss.objective == "janus" and (loss.aux or loss.kl_ar_aux or loss.kl_nar_aux)
@@ -618,14 +630,15 @@ def dry_run(args: argparse.Namespace, jobs: Sequence[Job]) -> int:
     tell_cost(args, jobs, 1)
     if SETS[args.set].cut and args.scale != "smoke":
         print(f"# cut {DEV_PAIRS} pairs for dev from train, into {args.out / 'raw'}")
-    for command in [*(c for job in jobs for c in job.commands), *benches(args, jobs), report_of(args)]:
+    for command in [*(c for job in jobs for c in job.commands), *benches(args, jobs), report_of(args, jobs)]:
         print(f"janus-jax {shlex.join(command)}")
     return 0
 
 
-def report_of(args: argparse.Namespace) -> Command:
+def report_of(args: argparse.Namespace, jobs: Sequence[Job]) -> Command:
     """The command that writes the table; figures of a smoke run mean nothing, whatever the commit."""
-    return ["report", str(args.out), *(["--any_commit"] if args.scale == "smoke" else [])]
+    split = jobs[0].settled.data.test_split
+    return ["report", str(args.out), f"--split={split}", *(["--any_commit"] if args.scale == "smoke" else [])]
 
 
 def perform(args: argparse.Namespace, jobs: Sequence[Job], start: float) -> int:
@@ -652,7 +665,7 @@ def perform(args: argparse.Namespace, jobs: Sequence[Job], start: float) -> int:
     if STOPPED in codes.values() or stop.asked.is_set():
         print("stopped; the same command goes on", file=sys.stderr)
         return STOPPED
-    code = work([report_of(args)])
+    code = work([report_of(args, jobs)])
     print(f"done in {time.monotonic() - start:.0f} s")
     return FAILED if code or any(codes.values()) else 0
 
