@@ -441,5 +441,8 @@ def _faults(c: Config) -> Iterator[str]:
         )
     if c.train.dev_sentences < 0 and c.train.best == "bleu":
         yield "train.best = bleu needs dev BLEU: set train.dev_sentences to 0 or more, or train.best = loss"
+    weights = (c.loss.ar, c.loss.nar, c.loss.kl_ar_aux, c.loss.kl_nar_aux, c.loss.kl_ar_nar)
+    if c.loss.objective == "janus" and not any(weights):
+        yield "loss.objective = janus needs a weight that teaches AR or NAR: loss.ar, loss.nar or a tie"
     if c.loss.objective == "janus" and c.model.ar_stream != "query":
         yield "loss.objective = janus needs model.ar_stream = query"

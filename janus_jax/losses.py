@@ -82,6 +82,16 @@ def streams_needed(config: LossConfig) -> dict[str, bool]:
     return needed
 
 
+def taught(config: LossConfig) -> frozenset[str]:
+    """The distributions, of ar, nar and aux, that some term with a weight teaches."""
+    used = coefficients(config)
+    found = {name for name in CROSS_ENTROPIES if name in used}
+    for divergence, pair in DIVERGENCES.items():
+        if divergence in used:
+            found.update(side for side in pair if side in KL_LEARNERS[config.kl_learners])
+    return frozenset(found)
+
+
 def weights(
     target: jax.Array, masked: jax.Array, config: LossConfig, ids: SpecialIds
 ) -> dict[str, jax.Array]:

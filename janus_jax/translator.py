@@ -277,9 +277,9 @@ class Translator:
 
 
 def modes_of(loss: LossConfig) -> tuple[str, ...]:
-    """What a model trained with this loss can decode: "ar", "nar", or both and with them "draft"."""
-    needed = losses.streams_needed(loss)
-    return tuple(mode for mode, sides in SIDES.items() if all(needed[side] for side in sides))
+    """What a model trained with this loss has learnt to decode: "ar", "nar", or both and "draft"."""
+    taught = losses.taught(loss)
+    return tuple(mode for mode, sides in SIDES.items() if taught.issuperset(sides))
 
 
 def decode_together(

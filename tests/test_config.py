@@ -83,6 +83,10 @@ def test_differences():
         ({"model": {"dim": True}}, "model.dim must be int, got True"),
         ({"model": {"dropout": "x"}}, "model.dropout must be float"),
         ({"batch": {"buckets": [8, 9.5]}}, r"batch.buckets must be tuple\[int, ...\]"),
+        (
+            {"loss": dict.fromkeys(("ar", "nar", "kl_ar_aux", "kl_nar_aux", "kl_ar_nar"), 0.0)},
+            "needs a weight that teaches AR or NAR",
+        ),
         ({"loss": {"objective": "mlm"}}, "loss.objective must be one of janus, ar, cmlm, rdrop, got 'mlm'"),
         ({"model": {"dim": 10, "heads": 4}}, r"model.heads \(4\) must divide model.dim \(10\)"),
         ({"model": {"dropout": 1.0}}, r"model.dropout must lie in \[0, 1\), got 1.0"),

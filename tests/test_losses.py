@@ -234,6 +234,24 @@ def test_only_the_streams_that_are_read_are_needed(config, needed):
     assert found.keys() == {"ar", "nar", "aux"}
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LossConfig(), "ar nar aux"),
+        (LossConfig(aux=0.0, kl_nar_aux=0.0, kl_ar_aux=0.0), "ar nar"),
+        (LossConfig(nar=0.0, kl_ar_nar=0.0, kl_nar_aux=0.0), "ar aux"),  # NAR is there, untaught
+        (LossConfig(nar=0.0), "ar nar aux"),
+        (LossConfig(nar=0.0, kl_learners="ar"), "ar aux"),
+        (LossConfig(ar=0.0, kl_learners="nar_aux"), "nar aux"),
+        (LossConfig(objective="ar"), "ar"),
+        (LossConfig(objective="rdrop"), "ar"),
+        (LossConfig(objective="cmlm"), "nar"),
+    ],
+)
+def test_what_some_term_teaches(config, expected):
+    assert losses.taught(config) == set(expected.split())
+
+
 def test_without_aux_its_logits_may_be_missing(outputs, batch):
     config = LossConfig(aux=0.0, kl_nar_aux=0.0, kl_ar_aux=0.0)
     bare = SimpleNamespace(**{**vars(outputs), "aux": None})
