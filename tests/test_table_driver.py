@@ -195,6 +195,19 @@ def test_commands_of_a_job_stop_at_what_fails(driver, monkeypatch, codes, expect
     assert len(calls) == ran
 
 
+@pytest.mark.parametrize("cuda", [True, False])
+def test_gpus_are_for_a_jax_that_has_cuda(driver, tmp_path, monkeypatch, capsys, cuda):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: one (UUID: a)'\necho 'GPU 1: two (UUID: b)'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(driver, "_jax_has_cuda", lambda: cuda)
+    assert driver.devices() == (["0", "1"] if cuda else [])
+    assert ("jax has no CUDA" in capsys.readouterr().err) != cuda
+
+
 def test_a_row_that_fails_hides_no_other_and_gpus_are_shared(driver, tmp_path, monkeypatch, capsys):
     args = parsed(driver, tmp_path, "multi30k", "--scale=cpu", "--rows=ar,cmlm,janus")
     jobs, seen = driver.plan(args), []

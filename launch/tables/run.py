@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import difflib
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -459,7 +460,17 @@ def devices() -> list[str]:
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu") or not shutil.which("nvidia-smi"):
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
-    return [str(i) for i, line in enumerate(listed) if line.startswith("GPU ")]
+    found = [str(i) for i, line in enumerate(listed) if line.startswith("GPU ")]
+    if found and not _jax_has_cuda():
+        told = "there are GPUs, but jax has no CUDA, so rows run on the CPU: pip install -e '.[cuda]'"
+        print(told, file=sys.stderr)
+        return []
+    return found
+
+
+def _jax_has_cuda() -> bool:
+    """Without asking jax, which would take most of a GPU's memory."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
 def work(commands: Sequence[Command], say: Any = print) -> int:
