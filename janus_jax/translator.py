@@ -105,9 +105,11 @@ class Translator:
     def options(self, decode: str, *, nbest: int = 1, **options: Any) -> DecodeConfig:
         """What decoding would go by: the run's `decode` section with `options` in place of its own.
 
+        Where the model has no AR side, the run's `decode.rescore` counts for nothing.
+
         Raises:
           DecodeError: a mode that this model was not trained for, an option that does not exist or has
-            an unusable value, or nbest beyond what there is.
+            an unusable value, rescore asked of a model without an AR side, or nbest beyond what there is.
         """
         if decode not in MODES:
             raise DecodeError(f"decode must be one of {', '.join(MODES)}, got {decode!r}")
@@ -123,6 +125,13 @@ class Translator:
             raise DecodeError("; ".join(line.strip() for line in str(error).splitlines()[1:])) from error
         except ValueError as error:
             raise DecodeError(str(error)) from error
+        if effective.rescore and "ar" not in self.modes:
+            if "rescore" in options:
+                raise DecodeError(
+                    f"rescore needs a model that decodes ar, and this one was trained with objective "
+                    f"{self.config.loss.objective!r}; leave it out, or train with loss.objective = janus"
+                )
+            effective = dataclasses.replace(effective, rescore=False)  # its AR side was never trained
         if not 1 <= nbest <= _width(decode, effective):
             name = WIDTH[decode]
             needs = f"{name} of at least that; it is {getattr(effective, name)}" if name else "another mode"

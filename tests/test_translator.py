@@ -197,6 +197,17 @@ def test_a_mode_that_was_not_trained(tiny_run, translator):
         other(LINES, "ar")
 
 
+def test_a_model_without_an_ar_side_does_not_rescore(tiny_run, translator):
+    decode = dataclasses.replace(tiny_run.config.decode, rescore=True)
+    config = dataclasses.replace(tiny_run.config, loss=LossConfig(objective="cmlm"), decode=decode)
+    other = Translator(run.open_run(tiny_run.folder).params()[0], config, translator.vocabulary)
+    assert other.decode(LINES, "nar")[0] == translator.decode(LINES, "nar", rescore=False)[0]
+    assert not other.options("nar").rescore
+    assert not other.options("nar", rescore=False).rescore
+    with pytest.raises(DecodeError, match=r"rescore needs a model .* 'cmlm'; leave it out, or train with"):
+        other(LINES, "nar", rescore=True)
+
+
 # -- run directories that cannot be used -----------------------------------------------------------
 
 
