@@ -91,15 +91,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def local_mesh(config: MeshConfig) -> Mesh:
-    """The devices that `config` makes use of and this process has, all on the axis `data`.
+    """As many of this process's devices as `config` has in all (data = -1: every one), on the axis `data`.
 
-    Decoding needs no more: parameters fit on one device, and sentences need nothing of each other.
-
-    Raises:
-      MeshError: as `make_mesh`.
+    Decoding needs no more: parameters fit on one device, and sentences need nothing of each other.  So a run
+    decodes anywhere, however many devices it was trained on.
     """
-    used = set(make_mesh(config).devices.flat)
-    devices = np.array([d for d in jax.local_devices() if d in used]).reshape(-1, 1, 1)
+    most = config.data * config.fsdp * config.tensor if config.data != -1 else None
+    devices = np.array(jax.local_devices()[:most]).reshape(-1, 1, 1)
     return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
 
 

@@ -158,6 +158,13 @@ def test_decoding_takes_the_same_devices_as_one_axis(layout):
     np.testing.assert_array_equal(sums, np.arange(8.0).reshape(m.size, -1).sum(1))
 
 
+@pytest.mark.parametrize("layout", [MeshConfig(tensor=16), MeshConfig(data=2, fsdp=8), MeshConfig(data=16)])
+def test_decoding_needs_no_mesh_of_the_size_of_training(layout):
+    with pytest.raises(mesh.MeshError):
+        mesh.make_mesh(layout)
+    assert dict(mesh.local_mesh(layout).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
 def test_sums_over_the_cut_batch_are_those_of_one_device():
     rows = {"x": np.random.default_rng(0).integers(0, 100, (16, 3)).astype(np.int32)}
     many, one = (mesh.global_batch(mesh.make_mesh(MeshConfig(data=n)), rows)["x"] for n in (8, 1))
