@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -351,6 +352,11 @@ def _faults(c: Config) -> Iterator[str]:
             if not get(c, key) >= low:  # also catches NaN
                 yield f"{key} must be at least {low}, got {get(c, key)}"
 
+    def finite(*keys: str) -> Iterator[str]:
+        for key in keys:
+            if not math.isfinite(get(c, key)):
+                yield f"{key} must be a finite number, got {get(c, key)}"
+
     def within(low: float, high: float, *keys: str) -> Iterator[str]:
         for key in keys:
             if not low <= get(c, key) < high:
@@ -388,6 +394,7 @@ def _faults(c: Config) -> Iterator[str]:
         "decode.max_length_a",
         "loss.chunk",
     )
+    yield from finite("decode.max_length_a", "decode.length_penalty")
     yield from at_least(1, "decode.max_length_b", "decode.tokens", "decode.draft_block", "decode.draft_top_k")
     yield from at_least(0, "optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm")
     yield from at_least(0, "loss.ar", "loss.nar", "loss.aux", "loss.length", "loss.rdrop_alpha")

@@ -194,9 +194,8 @@ def nar_decode(config: Config, rows: int, source: int, slots: int) -> Flops:
 def decode_slots(config: Config, source: int) -> int:
     """The most target tokens of a source padded to `source` (`Generator.slots`)."""
     c, decode = config.model, config.decode
-    wanted = int(decode.max_length_a * source) + decode.max_length_b
-    table = c.max_positions - 1 if c.positions == "learned" else wanted
-    return max(1, min(wanted, table, c.max_length - 1))
+    most = min(c.max_length, c.max_positions if c.positions == "learned" else c.max_length) - 1
+    return max(1, min(int(min(decode.max_length_a, most) * source) + decode.max_length_b, most))
 
 
 def _memory(c: ModelConfig, rows: int, source: int) -> float:

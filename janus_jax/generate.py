@@ -85,14 +85,22 @@ class Generator:
     def limits(self, source: jax.Array) -> jax.Array:
         """[B, S] -> [B] int32: most tokens of each target, EOS counted; of the sentence alone."""
         n_source = jnp.sum(source != self.model.ids.pad, axis=1)
-        wanted = jnp.floor(self.decode.max_length_a * n_source).astype(jnp.int32) + self.decode.max_length_b
-        return jnp.clip(wanted, 1, self.slots(source.shape[1]))
+        most = self.slots(source.shape[1])
+        # Clipped before it is made an integer: what is meant as no limit would not fit one.
+        a, b = self._limit(most)
+        return jnp.clip(jnp.floor(a * n_source).astype(jnp.int32) + b, 1, most)
 
     def slots(self, source_length: int) -> int:
         """The most tokens, EOS counted, of any target whose source is padded to `source_length`."""
-        wanted = int(self.decode.max_length_a * source_length) + self.decode.max_length_b
-        table = self.model.max_positions - 1 if self.model.positions == "learned" else wanted
-        return max(1, min(wanted, table, self.model.max_length - 1))
+        most = self.model.max_length - 1
+        if self.model.positions == "learned":
+            most = min(most, self.model.max_positions - 1)
+        a, b = self._limit(most)
+        return max(1, min(int(a * source_length) + b, most))
+
+    def _limit(self, most: int) -> tuple[float, int]:
+        """max_length_a and max_length_b, no larger than matters where there can be `most` tokens."""
+        return min(self.decode.max_length_a, float(most)), min(self.decode.max_length_b, most)
 
     def autoregressive(self, params: Params, source: jax.Array) -> beam.BeamResult:
         """Left to right, greedily (`beam` = 1) or by beam search: [B, S] -> hypotheses, best first."""

@@ -110,6 +110,12 @@ def test_differences():
         ({"model": {"ids": {"eos": 1}}}, "model.ids must differ from each other"),
         ({"model": {"ids": {"start": 3}}}, r"model.ids.start \(3\) must be bos \(1\) or eos \(2\)"),
         ({"model": {"ar_stream": "content"}}, "loss.objective = janus needs model.ar_stream = query"),
+        ({"decode": {"max_length_a": float("inf")}}, "decode.max_length_a must be a finite number, got inf"),
+        (
+            {"decode": {"length_penalty": float("nan")}},
+            "decode.length_penalty must be a finite number, got nan",
+        ),
+        ({"decode": {"length_penalty": float("-inf")}}, "decode.length_penalty must be a finite number"),
         ({"train": {"dev_sentences": -1}}, "train.best = bleu needs dev BLEU"),
         ({"model": {"max_length": 50}}, r"model.max_length \(50\) must be at least"),
     ],

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janus_jax import mesh
-from janus_jax.config import DecodeConfig, MeshConfig, ModelConfig, SpecialIds
+from janus_jax import cost, mesh
+from janus_jax.config import Config, DecodeConfig, MeshConfig, ModelConfig, SpecialIds
 from janus_jax.decode import leaving as leave
 from janus_jax.decode.mask_predict import mean_log_prob
 from janus_jax.generate import Generator, with_options
@@ -224,6 +224,17 @@ def test_no_limit_leaves_the_tables():
     endless = Generator(dataclasses.replace(long.model, positions="sinusoidal"), g.decode)
     assert endless.slots(30) == 3 * 30 + 50
     assert g.limits(jnp.ones((1, 30), jnp.int32)).tolist() == [MODEL.max_length - 1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_length_a": 1e9}, {"max_length_a": 1e308}, {"max_length_b": 3 * 10**9}]
+)
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+def test_a_huge_limit_is_none(source, options, positions):
+    g = Generator(dataclasses.replace(MODEL, positions=positions), with_options(DECODE, **options))
+    assert g.slots(WIDE) == MODEL.max_length - 1
+    assert jax.jit(g.limits)(source).tolist() == [MODEL.max_length - 1] * 8
+    assert cost.decode_slots(Config(model=g.model, decode=g.decode), WIDE) == MODEL.max_length - 1
 
 
 def test_hypotheses_keep_their_limits(way, source):

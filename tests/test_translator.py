@@ -173,6 +173,7 @@ def test_refinement_ends_with_the_translation(translator):
         ({"decode": "both"}, "decode must be one of ar, nar, draft, got 'both'"),
         ({"beem": 3}, "unknown decoding option 'beem'; there are ban_unk, beam"),
         ({"beam": 0}, "^decode.beam must be at least 1, got 0$"),
+        ({"max_length_a": float("inf")}, "^decode.max_length_a must be a finite number, got inf$"),
         ({"decode": "nar", "iterations": 2.5}, "decode.iterations must be int, got 2.5"),
         ({"nbest": 3}, "nbest = 3 needs beam of at least that; it is 2"),
         ({"decode": "draft", "nbest": 2}, "nbest = 2 needs another mode"),
