@@ -131,9 +131,10 @@ class Engine:
         _, result = self._call(refine, (slots,), report, *args, out=ROWS)
 
         def best_first() -> Written:
-            tokens, scores, passes = jax.device_get((result.tokens, result.scores, result.passes))
-            order = np.argsort(-scores, axis=1, kind="stable")  # of equals the first, as `choose` has it
-            scores, passes = (np.take_along_axis(x, order, 1) for x in (scores, passes))
+            kept = result.tokens, result.scores, result.lengths, result.passes
+            tokens, scores, lengths, passes = jax.device_get(kept)
+            order, scores = ranked(scores, lengths)
+            passes = np.take_along_axis(passes, order, 1)
             return Written(np.take_along_axis(tokens, order[..., None], 1), scores, passes[:, 0])
 
         return best_first
@@ -201,3 +202,17 @@ class Engine:
         self._compiled.move_to_end(full_key)
         report.shapes.add((*shapes[0], *key))
         return self._compiled[full_key](self._params, *values)
+
+
+def ranked(scores: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places of NAR's candidates [B, G], best first, and their scores [B, G] in that order.
+
+    Near a limit several candidates have the same length, hence the same text: of these one counts, the others
+    come last and score -inf.
+    """
+    order = np.argsort(-scores, axis=1, kind="stable")  # of equals the first, as `choose` has it
+    scores, lengths = (np.take_along_axis(x, order, 1) for x in (scores, lengths))
+    again = np.tril(lengths[:, :, None] == lengths[:, None, :], -1).any(axis=2)
+    last = np.argsort(again, axis=1, kind="stable")
+    order, scores = (np.take_along_axis(x, last, 1) for x in (order, np.where(again, -np.inf, scores)))
+    return order, scores

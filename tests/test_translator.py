@@ -130,6 +130,24 @@ def test_nbest_is_ordered_and_starts_with_the_best(translator):
         assert max(map(len, several)) == n
 
 
+def test_of_candidates_of_the_same_length_one_is_written(translator):
+    """Of five lengths around the limit only those up to it are left."""
+    options = {"candidates": 5, "max_length_a": 0.0, "max_length_b": 4}
+    best = translator(LINES, "nar", **options)
+    several, _ = translator.decode(LINES, "nar", nbest=5, **options)
+    assert [found[0].text for found in several] == best
+    for found in several:
+        assert len({h.tokens for h in found}) == len(found) <= 3
+        assert np.isfinite([h.score for h in found]).all()
+
+
+def test_ranks_of_candidates():
+    scores = np.array([[-3.0, -1.0, -1.0, -2.0], [-np.inf, -2.0, -1.0, -1.0]])
+    order, ordered = engine.ranked(scores, np.array([[4, 5, 5, 6], [2, 3, 4, 5]]))
+    assert order.tolist() == [[1, 3, 0, 2], [2, 3, 1, 0]]
+    assert ordered.tolist() == [[-1, -2, -3, -np.inf], [-1, -1, -2, -np.inf]]
+
+
 def test_given_lengths_are_kept_whatever_the_batch(translator):
     lengths = [4, 9, 1, 7, 12]  # of a blank line none; others within 1.5 times the source and 10
     (alone, *_), _ = translator.decode(LINES[:1], "nar", lengths=[4], candidates=1)
@@ -138,7 +156,7 @@ def test_given_lengths_are_kept_whatever_the_batch(translator):
     assert alone[0].text == found[0][0].text
     around, _ = translator.decode(LINES, "nar", lengths=lengths, candidates=3, nbest=3)
     tokens = [sorted(h.tokens for h in hypotheses) for hypotheses in around]
-    assert tokens == [[3, 4, 5], [0], [1, 1, 2], [6, 7, 8], [11, 12, 13]]
+    assert tokens == [[3, 4, 5], [0], [1, 2], [6, 7, 8], [11, 12, 13]]  # of two that are equal one
     drafted, _ = translator.decode(LINES, "draft", lengths=lengths)
     assert [f[0].text for f in drafted] == translator(LINES, "ar", beam=1)
 
