@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -62,6 +63,8 @@ WAYS = (
     ways.GREEDY,
     ways.BEAM,
 )
+# Instead of the re-scored ones, where there is no AR side to score by.
+WITHOUT_AR = (ways.nar(4), ways.nar(10), ways.nar(10, 7))
 
 
 def choose(
@@ -83,7 +86,11 @@ def choose(
     kept = _read(opened)
     if here not in kept:
         kept[here] = [asdict(way) for way in measure(opened, translator, console)]
-        report.write_json(opened.folder / FILE, kept)
+        try:
+            report.write_json(opened.folder / FILE, kept)
+        except OSError as error:  # a run that others own can be decoded all the same
+            told = f"auto: the measurement is not kept: {opened.folder / FILE}: {error.strerror or error}"
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
     found = [Measured(**one) for one in kept[here]]
     chosen = pick(found, keep, batch_size)
     best = max(found, key=lambda one: one.bleu)
@@ -117,8 +124,7 @@ def measure(opened: Run, translator: Translator, console: Console) -> list[Measu
     count = min(SENTENCES, len(pairs))
     sources = [source for source, _ in itertools.islice(pairs, count)]
     references = [pairs.references(i) for i in range(count)]
-    known = [way for way in WAYS if way.sides <= set(translator.modes)]
-    measured = []
+    known, measured = tried(translator.modes), []
     with report.progress(len(known), "auto: measuring", unit="way", console=console) as progress:
         for way in known:
             translator.decode(sources, way.decode, **way.options)  # compiles
@@ -130,6 +136,12 @@ def measure(opened: Run, translator: Translator, console: Console) -> list[Measu
             measured.append(Measured(way.decode, dict(way.options), bleu, *rates))
             progress.advance(way=way.label)
     return measured
+
+
+def tried(modes: Sequence[str]) -> list[ways.Way]:
+    """The ways that a model with these modes has."""
+    every = WAYS if "ar" in modes else (*WAYS, *WITHOUT_AR)
+    return [way for way in every if way.sides <= set(modes)]
 
 
 def _here(translator: Translator) -> str:

@@ -191,6 +191,10 @@ def _translate(args: argparse.Namespace, _: Overrides) -> int:
     from janus_jax import translate
     from janus_jax.translator import Translator
 
+    if args.decode == "auto" and args.nbest > 1:
+        raise UsageError(
+            f"--nbest={args.nbest} needs a mode, such as --decode=ar: --decode=auto chooses by the best one"
+        )
     lines = translate.read_lines(args.input)
     use_compilation_cache()
     translator = Translator.from_run(args.workdir, args.checkpoint)

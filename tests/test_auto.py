@@ -1,5 +1,6 @@
 """`--decode=auto`: the choice, and what is kept of the measurement."""
 
+import errno
 import json
 import shutil
 
@@ -26,8 +27,22 @@ def test_the_fastest_that_is_good_enough(keep, batch_size, chosen):
 
 
 def test_every_way_is_one_way():
-    assert len({(way.decode, *way.options.items()) for way in auto.WAYS}) == len(auto.WAYS)
-    assert len({way.label for way in auto.WAYS}) == len(auto.WAYS)
+    every = (*auto.WAYS, *auto.WITHOUT_AR)
+    assert len({(way.decode, *way.options.items()) for way in every}) == len(every)
+    assert len({way.label for way in every}) == len(every)
+
+
+def test_a_model_with_one_side_has_ways_of_its_own():
+    assert auto.tried(["ar", "nar", "draft"]) == list(auto.WAYS)
+    assert auto.tried(["ar"]) == [ways.GREEDY, ways.BEAM]
+    labels = [way.label for way in auto.tried(["nar"])]
+    assert labels == [
+        "NAR T = 1, 1 candidate",
+        "NAR T = 4, 1 candidate",
+        "NAR T = 4",
+        "NAR T = 10",
+        "NAR T = 10, 7 candidates",
+    ]
 
 
 def test_measured_once_and_kept_by_machine(tiny_run, tmp_path, monkeypatch, capfd):
@@ -54,3 +69,18 @@ def test_measured_once_and_kept_by_machine(tiny_run, tmp_path, monkeypatch, capf
     assert len((tmp_path / "out").read_text().splitlines()) == 2
     assert main([*command, "--decode=ar", "--keep=1"]) == 2
     assert "--keep is an option of --decode=auto" in capfd.readouterr().err
+    assert main([*command, "--decode=auto", "--nbest=2"]) == 2
+    assert "--nbest=2 needs a mode, such as --decode=ar" in capfd.readouterr().err
+
+
+def test_where_nothing_can_be_written_it_is_measured_each_time(tiny_run, monkeypatch, capfd):
+    def refuse(path, value):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(auto.report, "write_json", refuse)
+    monkeypatch.setattr(auto, "measure", lambda *_: FOUND)
+    opened = run.open_run(tiny_run.folder)
+    assert auto.choose(opened, Translator.from_run(opened.folder), keep=1.0) == FOUND[3]
+    err = capfd.readouterr().err
+    assert f"auto: the measurement is not kept: {opened.folder / auto.FILE}: Read-only file system" in err
+    assert not (opened.folder / auto.FILE).exists()
