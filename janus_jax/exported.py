@@ -129,8 +129,12 @@ class Exported:
           on_cut: told of each line that is too long: which (from 0), its tokens, and the tokens kept.
 
         Raises:
-          ExportedError: sentencepiece is not installed; or batch_size below 1.
+          ExportedError: sentencepiece is not installed; a string for lines; or batch_size below 1.
         """
+        if isinstance(lines, (str, bytes)):
+            raise ExportedError(
+                f"lines must be a list of lines, got {type(lines).__name__}; pass [line] for one"
+            )
         found = self.decode_ids([self.encode(x) for x in lines], batch_size=batch_size, on_cut=on_cut)
         return [self.decode(best.ids) for best in found]
 

@@ -140,7 +140,7 @@ class Generator:
         options = draft_verify.DraftOptions(
             search=self._search(1, most),
             banned=self._banned(eos=True),
-            canvas=slots,
+            canvas=max(slots, draft_verify.LEAST),  # a limit may leave room for EOS alone
             block=block,
             top_k=self.decode.draft_top_k,
             margin=self.decode.draft_margin,

@@ -166,8 +166,13 @@ class Translator:
           **options: any key of the config section `decode`, such as beam, iterations or candidates.
 
         Raises:
-          DecodeError: as `options`; batch_size below 1; or lengths that do not go with mode or lines.
+          DecodeError: as `options`; a string for lines; batch_size below 1; or lengths that do not go with
+            mode or lines.
         """
+        if isinstance(lines, (str, bytes)):
+            raise DecodeError(
+                f"lines must be a list of lines, got {type(lines).__name__}; pass [line] for one"
+            )
         generator = Generator(self.config.model, self.options(decode, nbest=nbest, **options))
         if batch_size is not None and batch_size < 1:
             raise DecodeError(f"batch_size must be at least 1, got {batch_size}")

@@ -152,6 +152,8 @@ def test_ids_in_and_ids_out(ar, translator):
             loaded.decode_ids([source, wrong])
     with pytest.raises(ExportedError, match="batch_size must be at least 1, got 0"):
         loaded.translate(LINES, batch_size=0)
+    with pytest.raises(ExportedError, match=r"must be a list of lines, got str; pass \[line\] for one"):
+        loaded.translate(LINES[0])
 
 
 def test_warming_up_leaves_nothing_to_compile(ar, monkeypatch):

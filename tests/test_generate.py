@@ -247,7 +247,7 @@ def test_hypotheses_keep_their_limits(way, source):
         assert result.lengths.min() >= 3  # no empty answer
 
 
-@pytest.mark.parametrize("decode", [autoregressive, non_autoregressive])
+@pytest.mark.parametrize("decode", [autoregressive, non_autoregressive, draft_and_verify])
 def test_a_limit_of_one_token(params, source, decode):
     result = decode(generator(max_length_a=0.0, max_length_b=1), params, source)
     real = np.asarray(result.tokens).reshape(8, -1)

@@ -207,6 +207,18 @@ def test_requests_that_cannot_be_served(translator, request_, message):
         translator.decode(LINES, **request_)
 
 
+def test_one_line_is_given_as_a_list(translator):
+    for line in ("Hallo", b"Hallo"):
+        with pytest.raises(DecodeError, match=r"must be a list of lines, got .*; pass \[line\] for one"):
+            translator(line)
+
+
+def test_drafts_under_the_least_limit_write_what_greedy_search_writes(translator):
+    for most in (1, 2):
+        options = {"max_length_a": 0.0, "max_length_b": most}
+        assert translator(LINES, "draft", **options) == translator(LINES, "ar", beam=1, **options)
+
+
 def test_a_mode_that_was_not_trained(tiny_run, translator):
     config = dataclasses.replace(tiny_run.config, loss=LossConfig(objective="cmlm"))
     assert not losses.streams_needed(config.loss)["ar"]

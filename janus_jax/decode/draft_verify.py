@@ -45,6 +45,7 @@ Look = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Arr
 
 STRIDE = 3  # slots that a canvas grows by, beyond the next symbol, when the text outgrows it
 SPARE = 6  # slots that it may grow by in all
+LEAST = 3  # slots of a canvas: BOS, one to draft, EOS
 
 
 class DraftOptionsError(ValueError):
@@ -66,9 +67,9 @@ class DraftOptions:
         """Check the counts.
 
         Raises:
-          DraftOptionsError: a block or top_k below 1, a negative margin, or a canvas below 3.
+          DraftOptionsError: a block or top_k below 1, a negative margin, or a canvas below LEAST.
         """
-        for name, least in (("block", 1), ("top_k", 1), ("margin", 0.0), ("canvas", 3)):
+        for name, least in (("block", 1), ("top_k", 1), ("margin", 0.0), ("canvas", LEAST)):
             if not getattr(self, name) >= least:
                 raise DraftOptionsError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -118,8 +119,8 @@ def draft_and_verify(
         what it knows of places below `places` and forget the rest.
       project: NAR states [.., D] -> logits [.., V].
       state: the model's pytree before the first symbol.
-      lengths: [B] int32, predicted lengths, BOS and EOS counted; brought inside 3..T.  Where SPARE has room
-        on the canvas, T is nothing to the result.
+      lengths: [B] int32, predicted lengths, BOS and EOS counted; brought inside LEAST..T.  Where SPARE has
+        room on the canvas, T is nothing to the result.
       limits: [B] int32, most symbols of each sentence, EOS counted; brought inside 1..L.
       options: static.
       axes: where B lies in the leaves of `state`, ints in a prefix of its tree: then sentences that are done
@@ -131,7 +132,7 @@ def draft_and_verify(
     rows, block, ids = limits.shape[0], options.block, options.search.ids
     slots, most = options.canvas, options.search.max_length
     limits = jnp.clip(limits, 1, most)
-    lengths = jnp.clip(lengths, 3, slots).astype(jnp.int32)
+    lengths = jnp.clip(lengths, LEAST, slots).astype(jnp.int32)
     widest = jnp.minimum(lengths + SPARE, slots)
     room = max(most + 1, slots) + block  # R: the last block may reach beyond both
     steps = jnp.arange(block)
