@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -275,16 +276,23 @@ def _check_platforms(platforms: Sequence[str]) -> None:
 def _destination(output: AnyPath) -> Path:
     """`output` as a folder that may be written, or replaced.
 
+    An older export that a killed process had put aside is there again.
+
     Raises:
-      ExportError: a URL, a file, or a folder that holds what no export wrote.
+      ExportError: a URL, a file, a mount point, or a folder that holds what no export wrote.
     """
     if paths.is_remote(output):
         raise ExportError(f"--output={output}: export to a folder of this machine, and copy that")
     root = Path(output).expanduser().resolve()
+    _put_back(root)
     if not root.exists():
         return root
     if not root.is_dir():
         raise ExportError(f"--output={output} is a file; name a folder")
+    if os.path.ismount(root):
+        raise ExportError(
+            f"--output={output} is a mount point, which cannot be replaced; name a folder inside it"
+        )
     found = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
     if not found:
         return root
@@ -332,16 +340,43 @@ def _appearing(root: Path) -> Iterator[Path]:
 def _put(temporary: Path, root: Path) -> None:
     """Renames `temporary` to `root`; an older export there goes, and comes back if the renaming fails."""
     aside = root.with_name(f".{root.name}.{os.getpid()}.old")
-    older = root.exists()
-    if older:
-        os.rename(root, aside)
+    shutil.rmtree(aside, ignore_errors=True)  # of a killed process with the same number
     try:
+        if root.exists():
+            os.rename(root, aside)
         os.rename(temporary, root)
     except BaseException:
-        if older:
+        if aside.exists() and not root.exists():
             os.rename(aside, root)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_back(root: Path) -> None:
+    """What `_put` set aside comes back, where its process was killed before the new export was there."""
+    if root.exists() or not root.parent.is_dir():
+        return
+    aside = [
+        path
+        for path in root.parent.iterdir()
+        if (found := re.fullmatch(rf"\.{re.escape(root.name)}\.(\d+)\.old", path.name))
+        and not _runs(int(found[1]))
+    ]
+    if aside:
+        os.rename(max(aside, key=lambda path: path.stat().st_mtime), root)
+
+
+def _runs(pid: int) -> bool:
+    """Whether another process of this machine has that number."""
+    if pid == os.getpid():  # in a container each start may have the same one
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _described(path: Path) -> dict[str, Any]:

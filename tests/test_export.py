@@ -353,6 +353,29 @@ def test_a_renaming_that_fails_puts_the_old_export_back(copy, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
 
 
+def test_an_export_set_aside_by_a_killed_process_is_there_again(long_run, copy, tmp_path):
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
+    dead = tmp_path / f".copy.{gone.stdout.strip()}.old"
+    copy.rename(dead)
+    with pytest.raises(DecodeError, match="decode must be one of"):
+        export.export(long_run, copy, "both")  # asked for in vain, and nothing is lost
+    Exported.load(copy)
+    assert [p.name for p in tmp_path.iterdir()] == ["copy"]
+    alive = tmp_path / f".copy.{os.getppid()}.old"
+    copy.rename(alive)
+    with pytest.raises(DecodeError, match="decode must be one of"):
+        export.export(long_run, copy, "both")
+    assert [p.name for p in tmp_path.iterdir()] == [alive.name], "another process is at it"
+
+
+def test_a_mount_point_is_refused_before_anything_is_compiled(long_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(ExportError, match=r"is a mount point, .*; name a folder inside it"):
+        export.export(long_run, tmp_path, "ar")
+    with pytest.raises(DecodeError, match="decode must be one of"):
+        export.export(long_run, tmp_path / "inside", "both")
+
+
 def test_requests_that_cannot_be_served(long_run, tmp_path):
     for arguments, error, message in (
         ({"decode": "both"}, DecodeError, "decode must be one of"),
