@@ -6,7 +6,7 @@ Whatever a user can get wrong ends as `janus-jax: error: ...` on standard error:
 
   exit 2    a command line that cannot be understood, in one line
   exit 1    everything else that is expected to happen: files, data, configurations, full disks
-  exit 130, 141    stopped by Ctrl-C; the reader of a pipe went away
+  exit 130, 141, 143    stopped by Ctrl-C; the reader of a pipe went away; ended by SIGTERM
 
 Anything else is a defect and keeps its traceback; JANUS_JAX_DEBUG=1 keeps it always.
 
@@ -22,8 +22,11 @@ import difflib
 import functools
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
+import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,7 +44,7 @@ from janus_jax.paths import CACHE, AnyPath, as_path
 
 PROGRAM = "janus-jax"
 DEBUG = "JANUS_JAX_DEBUG"
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130, 141, 143
 
 
 class UsageError(ValueError):
@@ -50,6 +53,10 @@ class UsageError(ValueError):
 
 class ConfigFileError(ValueError):
     """A configuration file that cannot be used; the message names the file and, where known, the line."""
+
+
+class Terminated(BaseException):
+    """SIGTERM has come: as with Ctrl-C, what is half written goes on the way out."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +85,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return EXIT_PIPE
     except KeyboardInterrupt:
         return _complain("interrupted", EXIT_INTERRUPTED)
+    except Terminated:
+        return _complain("terminated", EXIT_TERMINATED)
     except UsageError as error:
         return _complain(str(error), EXIT_USAGE)
     except Exception as error:
@@ -107,6 +116,23 @@ def explain(error: Exception) -> str | None:
             "to decode, lower --batch_size or --tokens"
         )
     return None
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Where SIGTERM raises Terminated; Python allows that in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: types.FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _complain(message: str, code: int) -> int:
@@ -187,6 +213,7 @@ def _evaluate(args: argparse.Namespace, _: Overrides) -> int:
     return 0
 
 
+@_sigterm_raises()
 def _translate(args: argparse.Namespace, _: Overrides) -> int:
     from janus_jax import translate
     from janus_jax.translator import Translator
@@ -215,6 +242,7 @@ def _translate(args: argparse.Namespace, _: Overrides) -> int:
     return 0
 
 
+@_sigterm_raises()
 def _export(args: argparse.Namespace, _: Overrides) -> int:
     from janus_jax import export, run
     from janus_jax.translator import modes_of

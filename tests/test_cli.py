@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -9,8 +10,9 @@ import types
 import pytest
 
 import janus_jax
-from janus_jax import cli, config, mesh, run
+from janus_jax import cli, config, export, mesh, run
 from janus_jax.config import Config, DecodeConfig
+from janus_jax.translator import Translator
 
 VERBS = ("prepare", "train", "evaluate", "translate", "bench", "compile", "plot", "demo")
 BASE = "from janus_jax import config\ndef get_config():\n    c = config.to_config_dict()\n"
@@ -296,6 +298,24 @@ def test_translate_files(tiny_run, tiny_translator, tmp_path, capsys):
         fails(capsys, 1, *argv[:2], f"--input={tmp_path / 'no'}")
         == f"{tmp_path / 'no'}: No such file or directory"
     )
+
+
+def test_sigterm_leaves_no_half_file(tiny_run, tmp_path, capsys, monkeypatch):
+    def end(*_, **__):
+        assert any(name.startswith(".out") for name in os.listdir(tmp_path / "to"))
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    source, folder = tmp_path / "in", tmp_path / "to"
+    folder.mkdir()
+    source.write_text("Ein Hund.\n")
+    place = [f"--workdir={tiny_run.folder}", f"--output={folder / 'out'}"]
+    monkeypatch.setattr(Translator, "decode", end)
+    assert fails(capsys, 143, "translate", *place, f"--input={source}") == "terminated"
+    monkeypatch.setattr(export, "_write_programs", end)
+    assert fails(capsys, 143, "export", *place) == "terminated"
+    assert not list(folder.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_translate_nothing(tiny_run, capsys, standard_input):
