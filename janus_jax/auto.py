@@ -1,8 +1,8 @@
 """`--decode=auto`: the fastest way to decode, on the machine at hand, that keeps the quality asked for.
 
 Every way is tried once on dev sentences of the run: BLEU, and the time without compiling, of a whole batch
-and of a sentence at a time.  What was found is kept in <workdir>/auto.json by checkpoint and machine, so that
-the next start only reads it; delete the file to measure anew.
+and of a sentence at a time.  What was found is kept in <workdir>/auto.json by checkpoint, machine and
+decoding options, so that the next start only reads it; delete the file to measure anew.
 
 Room: shell [disk, clock].
 """
@@ -145,9 +145,13 @@ def tried(modes: Sequence[str]) -> list[ways.Way]:
 
 
 def _here(translator: Translator) -> str:
-    """What a measurement holds for."""
+    """What a measurement holds for: parameters, machine, and the run's options that no way sets itself."""
     machine = f"{os.cpu_count()} x {platform.machine()}"
-    return f"{translator.name}, {mesh.device_kind()}, {machine}, jax {report.versions()['jax']}"
+    devices = f"{translator.devices} x {mesh.device_kind()}"
+    set_by_ways = {name for way in (*WAYS, *WITHOUT_AR) for name in way.options}
+    options = asdict(translator.config.decode)
+    left = " ".join(f"{name}={options[name]}" for name in sorted(options.keys() - set_by_ways))
+    return f"{translator.name}, {devices}, {machine}, jax {report.versions()['jax']}, {left}"
 
 
 def _read(opened: Run) -> dict[str, Any]:

@@ -93,6 +93,11 @@ class Translator:
         """The parameters, on the devices."""
         return self._engine.params
 
+    @property
+    def devices(self) -> int:
+        """How many devices share the work."""
+        return self._engine.devices
+
     def set_params(self, params: Any) -> None:
         """Other parameters of the same model; what is compiled stays."""
         self._engine.set_params(params)

@@ -1,5 +1,6 @@
 """`--decode=auto`: the choice, and what is kept of the measurement."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -71,6 +72,24 @@ def test_measured_once_and_kept_by_machine(tiny_run, tmp_path, monkeypatch, capf
     assert "--keep is an option of --decode=auto" in capfd.readouterr().err
     assert main([*command, "--decode=auto", "--nbest=2"]) == 2
     assert "--nbest=2 needs a mode, such as --decode=ar" in capfd.readouterr().err
+
+
+def test_a_measurement_holds_for_the_devices_and_options_it_was_made_with(tiny_run, tiny_translator):
+    def here(**changed):
+        config = dataclasses.replace(tiny_run.config, **changed)
+        return auto._here(
+            Translator(tiny_translator.params, config, tiny_translator.vocabulary, name="step 1")
+        )
+
+    def decoding(**options):
+        return dataclasses.replace(tiny_run.config.decode, **options)
+
+    plain = here()
+    assert plain == auto._here(tiny_translator)
+    assert plain != here(mesh=dataclasses.replace(tiny_run.config.mesh, data=2))
+    for options in ({"max_length_a": 1.0}, {"length_penalty": 0.6}, {"tokens": 512}, {"ban_unk": False}):
+        assert plain != here(decode=decoding(**options))
+    assert plain == here(decode=decoding(beam=4, iterations=7, candidates=2)), "each way sets its own"
 
 
 def test_where_nothing_can_be_written_it_is_measured_each_time(tiny_run, monkeypatch, capfd):
