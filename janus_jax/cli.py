@@ -346,11 +346,10 @@ def join_others(args: argparse.Namespace, config: Config) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in $JANUS_JAX_CACHE, by default ~/.cache/janus_jax; set to "" to switch off."""
-    name = os.environ.get(CACHE, os.path.join("~", ".cache", "janus_jax"))
-    if not name:
+    """Keeps compiled programs in `paths.cache_root`; $JANUS_JAX_CACHE set to "" switches it off."""
+    if os.environ.get(CACHE) == "":
         return
-    folder = os.path.expanduser(name)
+    folder = str(paths.cache_root())
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -378,8 +377,8 @@ data, which then stay on each machine.  `janus-jax VERB --help` tells what a ver
 
 EPILOG = """\
 environment:
-  JANUS_JAX_CACHE   where compiled programs are kept (default ~/.cache/janus_jax; "" for nowhere), and
-                    the data of runs on gs://
+  JANUS_JAX_CACHE   the folder of this machine where compiled programs are kept (default
+                    ~/.cache/janus_jax; "" for nowhere), and the data of runs on gs://
   JANUS_JAX_DEBUG   1 shows the traceback of every error
 
 exit codes: 0 done, 1 failed, 2 not understood, 75 training stopped on request and saved (start it

@@ -135,18 +135,23 @@ def explain(error: BaseException) -> str | None:
 # -- what stays on this machine -----------------------------------------------------------------------
 
 
+def cache_root() -> pathlib.Path:
+    """$JANUS_JAX_CACHE; ~/.cache/janus_jax where that is not set, or names no folder of this machine."""
+    root = os.environ.get(CACHE, "")
+    if not root or is_remote(root):
+        root = os.path.join("~", ".cache", "janus_jax")
+    return pathlib.Path(root).expanduser()
+
+
 def cache_folder(run: Name, what: str) -> pathlib.Path:
     """The folder of this machine for `what` belongs to a remote `run`: $JANUS_JAX_CACHE/`what`/NAME-DIGEST.
 
     Without that variable, or where it names no folder of this machine, ~/.cache/janus_jax takes its place.
     """
-    root = os.environ.get(CACHE, "")
-    if not root or is_remote(root):
-        root = os.path.join("~", ".cache", "janus_jax")
     url = os.fspath(run).rstrip("/")
     name = re.sub(r"[^\w.-]+", "_", url.rpartition("/")[2])
     digest = hashlib.sha256(url.encode()).hexdigest()[:16]
-    return pathlib.Path(root).expanduser() / what / f"{name}-{digest}"
+    return cache_root() / what / f"{name}-{digest}"
 
 
 def data_folder(configured: str, run: Name) -> pathlib.Path:

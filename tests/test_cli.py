@@ -402,15 +402,17 @@ def test_a_reader_that_goes_away_ends_it_quietly(tiny_run, tmp_path):
 def test_where_compiled_programs_are_kept(monkeypatch, tmp_path, capsys):
     asked = []
     monkeypatch.setattr(mesh, "set_compilation_cache", asked.append)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for value in (str(tmp_path / "here"), "~/there", "", None):
+    for value in (str(tmp_path / "here"), "~/there", "", None, "gs://bucket/cache"):
         monkeypatch.setenv(cli.CACHE, value) if value is not None else monkeypatch.delenv(cli.CACHE)
         cli.use_compilation_cache()
-    assert asked == [str(tmp_path / name) for name in ("here", "there", ".cache/janus_jax")]
+    assert asked == [str(tmp_path / name) for name in ("here", "there", *2 * (".cache/janus_jax",))]
+    assert not os.path.exists("gs:")
     assert all(os.path.isdir(folder) for folder in asked)
     assert capsys.readouterr().err == ""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(cli.CACHE, str(tmp_path / "file" / "cache"))
     cli.use_compilation_cache()
     assert "compiled programs are not kept" in capsys.readouterr().err
-    assert len(asked) == 3
+    assert len(asked) == 4
