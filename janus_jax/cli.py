@@ -222,6 +222,7 @@ def _translate(args: argparse.Namespace, _: Overrides) -> int:
         raise UsageError(
             f"--nbest={args.nbest} needs a mode, such as --decode=ar: --decode=auto chooses by the best one"
         )
+    translate.check_output(args.output)
     lines = translate.read_lines(args.input)
     use_compilation_cache()
     translator = Translator.from_run(args.workdir, args.checkpoint)

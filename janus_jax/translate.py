@@ -35,6 +35,10 @@ class InputError(ValueError):
     """Text that cannot be translated; the message names the file and the line."""
 
 
+class OutputError(ValueError):
+    """A place that translations cannot be written to; the message names it."""
+
+
 def split_lines(data: bytes, name: str) -> list[str]:
     r"""The lines of `data`: b"a\n\nb" -> ["a", "", "b"]; a byte order mark in front is dropped.
 
@@ -70,11 +74,27 @@ def read_lines(path: AnyPath | None) -> list[str]:
     return split_lines(sys.stdin.buffer.read(), STDIN)
 
 
+def check_output(path: AnyPath | None) -> None:
+    """Raises OutputError unless `path` can name a file; `output` finds that out when the model is loaded."""
+    if path is None or paths.is_remote(path):
+        return
+    folder = _followed(path).parent
+    if not folder.is_dir():
+        raise OutputError(f"--output={path}: there is no folder {folder}; make it, or name another file")
+    if path.is_dir():
+        raise OutputError(f"--output={path} is a folder; name a file in it")
+
+
+def _followed(path: AnyPath) -> AnyPath:
+    """What a symbolic link points to, so that the link stays one."""
+    return path.resolve() if path.is_symlink() else path
+
+
 @contextlib.contextmanager
 def output(path: AnyPath | None) -> Iterator[BinaryIO]:
     """Where results go: standard output for None, else a file that appears under its name when whole.
 
-    What is no regular file (a pipe, /dev/null) is written to as it stands.
+    What is no regular file (a pipe, /dev/null) is written to as it stands; of a link, what it points to.
     """
     if path is None:
         yield sys.stdout.buffer
@@ -89,6 +109,7 @@ def output(path: AnyPath | None) -> Iterator[BinaryIO]:
         with path.open("wb") as file:
             yield file
         return
+    path = _followed(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -330,6 +330,11 @@ def test_bad_utf8_is_found_before_the_model_is_loaded(tmp_path, capsys, standard
     assert message.startswith("<stdin>:2: not UTF-8 at byte 1 of the line")
 
 
+def test_a_missing_folder_for_the_output_is_found_before_the_model_is_loaded(tmp_path, capsys):
+    message = fails(capsys, 1, "translate", f"--workdir={tmp_path}", f"--output={tmp_path / 'no' / 'out'}")
+    assert message.endswith(f"there is no folder {tmp_path / 'no'}; make it, or name another file")
+
+
 def test_plot(tmp_path, capsys):
     rows = [{"step": s, "kind": "train", "metrics": {"loss": 3.0 / s}, "timing": {}} for s in (1, 2, 3)]
     for name in ("a", "b"):

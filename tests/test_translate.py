@@ -1,10 +1,11 @@
 import io
+import pathlib
 import re
 
 import pytest
 
 from janus_jax import translate
-from janus_jax.translate import InputError, split_lines
+from janus_jax.translate import InputError, OutputError, split_lines
 from janus_jax.translator import DecodeError, Hypothesis
 
 
@@ -116,3 +117,30 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path):
     with translate.output(link) as file:
         file.write(b"x")
     assert link.is_char_device()
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    (tmp_path / "to").mkdir()
+    for target in ("to/old", "to/new"):
+        link = tmp_path / "link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with translate.output(link) as file:
+            file.write(b"whole")
+        assert link.is_symlink()
+        assert (tmp_path / target).read_bytes() == b"whole"
+    assert sorted(p.name for p in (tmp_path / "to").iterdir()) == ["new", "old"]
+
+
+def test_a_place_without_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("none/out")
+    for path, named in (("none/out", "none"), ("file/out", "file"), ("link", "none")):
+        with pytest.raises(
+            OutputError, match=rf"--output=.*: there is no folder {tmp_path / named}; make it"
+        ):
+            translate.check_output(tmp_path / path)
+    with pytest.raises(OutputError, match=r"is a folder; name a file in it"):
+        translate.check_output(tmp_path)
+    for path in (None, tmp_path / "new", pathlib.Path("new"), pathlib.Path("/dev/null")):
+        translate.check_output(path)
