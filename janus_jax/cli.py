@@ -163,6 +163,7 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> int:
 
     use_compilation_cache()
     join_others(args, config)
+    check_devices()
     return train.train(config, args.workdir)
 
 
@@ -173,6 +174,7 @@ def _evaluate(args: argparse.Namespace, _: Overrides) -> int:
     use_compilation_cache()
     opened = run.open_run(args.workdir)
     join_others(args, opened.config)
+    check_devices()
     processes.main_first(lambda: prepare.bring_data(opened.config, opened.folder))
     translator = Translator.from_run(args.workdir, args.checkpoint)
     modes = args.decode or [mode for mode in translator.modes if mode != "draft"]
@@ -225,6 +227,7 @@ def _translate(args: argparse.Namespace, _: Overrides) -> int:
     translate.check_output(args.output)
     lines = translate.read_lines(args.input)
     use_compilation_cache()
+    check_devices()
     translator = Translator.from_run(args.workdir, args.checkpoint)
     mode = args.decode or translator.modes[0]
     options = _options_for(mode, [mode], args)
@@ -250,6 +253,7 @@ def _export(args: argparse.Namespace, _: Overrides) -> int:
 
     opened = run.open_run(args.workdir)
     mode = args.decode or modes_of(opened.config.loss)[0]
+    check_devices()
     manifest = export.export(
         opened,
         args.output,
@@ -283,6 +287,7 @@ def _bench(args: argparse.Namespace, overrides: Overrides) -> int:
     from janus_jax import bench
 
     use_compilation_cache()
+    check_devices()
     return bench.bench(config, args.workdir)
 
 
@@ -292,6 +297,7 @@ def _compile(args: argparse.Namespace, overrides: Overrides) -> int:
 
     if args.topology == verb.LOCAL:
         use_compilation_cache()
+        check_devices()
     memory = args.memory * 2**30 if args.memory else None
     return verb.run(
         config, args.topology, args.slices, programs=args.programs.split(","), memory=memory, to=args.json
@@ -316,6 +322,7 @@ def _demo(args: argparse.Namespace, overrides: Overrides) -> int:
     from janus_jax import demo
 
     use_compilation_cache()
+    check_devices()
     return demo.demo(config, args.workdir)
 
 
@@ -359,6 +366,13 @@ def use_compilation_cache() -> None:
     from janus_jax import mesh
 
     mesh.set_compilation_cache(folder)
+
+
+def check_devices() -> None:
+    """As `mesh.check_devices`."""
+    from janus_jax import mesh
+
+    mesh.check_devices()
 
 
 # -- the command line -----------------------------------------------------------------------------

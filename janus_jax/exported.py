@@ -302,7 +302,15 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 def check_platform(manifest: dict[str, Any], root: Path) -> None:
     """Raises ExportedError unless jax's platform here, and this jax, can run the programs."""
-    here, held = jax.export.default_export_platform(), manifest["platforms"]
+    held = manifest["platforms"]
+    try:
+        here = jax.export.default_export_platform()
+    except (RuntimeError, AssertionError) as error:  # the latter without a word
+        reason = str(error).partition("\n")[0] or "the package of that platform is not installed"
+        raise ExportedError(
+            f"jax cannot start on JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} ({reason}); "
+            f"{root} holds programs for {', '.join(held)}"
+        ) from error
     if here not in held:
         raise ExportedError(
             f"{root} holds programs for {', '.join(held)}, and jax runs on {here} here; set "

@@ -222,6 +222,27 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
+def check_devices() -> None:
+    """Raises MeshError where jax cannot start what JAX_PLATFORMS asks for.
+
+    Call it before anything else needs devices, and after processes have joined.
+    """
+    try:
+        jax.devices()
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # the latter, without a word, where its package is missing
+        reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS=")[0].rstrip(".")
+        if reason and "initialize backend" not in reason:
+            raise  # the loss of another process, for one
+        raise MeshError(
+            f"jax cannot start JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: "
+            f"{reason or 'its package is not installed'}; install what it needs (for cuda: pip install "
+            "'janus-jax[cuda]'), or choose another, such as JAX_PLATFORMS=cpu"
+        ) from error
+
+
 def device_kind() -> str:
     """What the devices are called, such as "cpu", "NVIDIA H200" or "TPU v5 lite"."""
     return jax.devices()[0].device_kind

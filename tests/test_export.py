@@ -262,6 +262,15 @@ def test_an_export_of_another_kind(copy, change, message):
         Exported.load(copy)
 
 
+def test_a_platform_that_does_not_start(ar, monkeypatch):
+    def fail():
+        raise AssertionError
+
+    monkeypatch.setattr(jax.export, "default_export_platform", fail)
+    with pytest.raises(ExportedError, match=r"jax cannot start .* is not installed.* holds programs for cpu"):
+        Exported.load(ar)
+
+
 def test_half_a_manifest(copy):
     path = copy / "manifest.json"
     path.write_text(path.read_text()[:100])

@@ -176,6 +176,29 @@ def test_devices():
     assert mesh.device_memory_stats() == {}
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError(), "its package is not installed"),
+        (
+            RuntimeError("Unable to initialize backend 'x': why (set JAX_PLATFORMS='' to ..)"),
+            "Unable .*: why",
+        ),
+    ],
+)
+def test_a_platform_that_is_not_here(monkeypatch, error, reason):
+    def fail():
+        raise error
+
+    mesh.check_devices()
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(mesh.MeshError, match=rf"jax cannot start JAX_PLATFORMS=\w*: {reason}; install"):
+        mesh.check_devices()
+    error = RuntimeError("the coordinator is gone")
+    with pytest.raises(RuntimeError, match="the coordinator is gone"):
+        mesh.check_devices()
+
+
 def test_memory_is_that_of_the_fullest_device(monkeypatch):
     class Device:
         def __init__(self, used):
