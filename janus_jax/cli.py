@@ -183,6 +183,8 @@ def _evaluate(args: argparse.Namespace, _: Overrides) -> int:
         translator.options(mode, **options[mode])  # complains before the first mode is decoded
     if args.true_length and "nar" not in modes:
         raise UsageError(f"--true_length is about --decode=nar, this is --decode={','.join(modes)}")
+    if args.refine and args.true_length:
+        raise UsageError("--refine draws NAR at the lengths that it predicts: leave out --true_length")
     if args.refine:
         translator.options("nar")
     split, folder = args.split or opened.config.data.test_split, args.output_dir or opened.folder / "eval"

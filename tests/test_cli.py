@@ -262,6 +262,8 @@ def test_evaluate_refuses_options_of_the_other_mode(tiny_run, capsys):
         fails(capsys, 2, *argv, "--iterations=3")
         == "--iterations is an option of --decode=nar, this is --decode=ar"
     )
+    both = ("--decode=nar", "--true_length", "--refine=1")
+    assert "leave out --true_length" in fails(capsys, 2, *argv[:-1], *both)
     assert "--true_length is about --decode=nar, this is --decode=ar" in fails(
         capsys, 2, *argv, "--true_length"
     )
