@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         config = cli.resolve_config(
             args.config or (None if args.workdir else DEFAULT), args.workdir, overrides
         )
-        length = args.length or bench.middle_bucket(config)
+        opened = run.open_run(args.workdir) if args.workdir else None
+        length = args.length or bench.middle_bucket(config, opened)
         if length not in config.batch.buckets:
             raise common.BenchmarkError(
                 f"--length must be one of batch.buckets {config.batch.buckets}, got {length}"

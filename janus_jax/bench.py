@@ -28,8 +28,8 @@ import numpy as np
 from janus_jax import losses, mesh, report, run, ways
 from janus_jax.batch import Batch, corrupted, example_rng
 from janus_jax.config import Config, microbatches
-from janus_jax.data.encoded import encode_split
-from janus_jax.data.pipeline import train_batches
+from janus_jax.data.encoded import EncodedSource, encode_split
+from janus_jax.data.pipeline import BatchPlan, train_batches
 from janus_jax.data.sources import open_split
 from janus_jax.engine import Engine, Report
 from janus_jax.generate import Generator, with_options
@@ -95,7 +95,7 @@ def training(config: Config, opened: run.Run | None) -> dict[str, float]:
     parts = microbatches(config, mesh.row_shares(devices))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=parts))
     share = mesh.row_shares(devices) * parts
-    length = middle_bucket(config)
+    length = middle_bucket(config, opened)
     batches = batches_of(config, opened, length, share)
     shardings = mesh.state_shardings(devices, jax.eval_shape(functools.partial(init_state, config)))
     state = jax.jit(functools.partial(init_state, config), out_shardings=shardings)()
@@ -133,7 +133,7 @@ def training(config: Config, opened: run.Run | None) -> dict[str, float]:
 
 def decoding(config: Config, opened: run.Run | None) -> list[dict[str, Any]]:
     """One row for each system and batch size."""
-    length = middle_bucket(config)
+    length = middle_bucket(config, opened)
     sources = _sources(config, opened, length)
     if opened:
         params, _ = opened.params("best")
@@ -179,17 +179,38 @@ def _decode(
     }
 
 
-def middle_bucket(config: Config) -> int:
-    """The padded length everything is measured at: the middle bucket."""
-    return config.batch.buckets[len(config.batch.buckets) // 2]
+def middle_bucket(config: Config, opened: run.Run | None = None) -> int:
+    """The padded length everything is measured at: the middle bucket, of those that the run has pairs for."""
+    lengths = lengths_of(config, opened) if opened else config.batch.buckets
+    return lengths[len(lengths) // 2]
+
+
+def lengths_of(config: Config, opened: run.Run) -> tuple[int, ...]:
+    """The buckets that training pairs of a run fall into."""
+    plan = BatchPlan(_training_pairs(config, opened).lengths, config.batch)
+    return tuple(length for _, length in plan.shapes)
+
+
+def _training_pairs(config: Config, opened: run.Run) -> EncodedSource:
+    pairs = open_split(config.data, opened.data_folder, config.data.train_split)
+    return encode_split(pairs, opened.vocabulary(), opened.data_folder)
 
 
 def batches_of(config: Config, opened: run.Run | None, length: int, share: int) -> Iterator[Batch]:
-    """Training batches of one length: the run's own through its pipeline, or random ones."""
+    """Training batches of one length: the run's own through its pipeline, or random ones.
+
+    Raises:
+      RunError: the run has no training pair of that length.
+    """
     if opened:
-        pairs = open_split(config.data, opened.data_folder, config.data.train_split)
-        examples = encode_split(pairs, opened.vocabulary(), opened.data_folder)
-        every = train_batches(examples, config.batch, seed=config.seed, row_multiple=share)
+        if length not in (there := lengths_of(config, opened)):
+            raise run.RunError(
+                f"{opened.folder}: no training pair falls into the bucket of {length}; there are pairs for "
+                f"{', '.join(map(str, there))}"
+            )
+        every = train_batches(
+            _training_pairs(config, opened), config.batch, seed=config.seed, row_multiple=share
+        )
         yield from (batch for batch in every if batch["target"].shape[1] == length)
     rows = max(share, config.batch.tokens // length // share * share)
     rng, ids = np.random.default_rng(config.seed), config.model.ids

@@ -8,8 +8,9 @@ TPU figures: the "System architecture" pages of the Cloud TPU documentation
 both directions together: half of it is what a chip can send.  Data-centre bandwidth per chip is the
 network cards of a host over its chips (v5e: 2 x 100 Gbit/s for 8 chips; v6e: 4 x 200 Gbit/s for 8; v5p: 50
 Gbit/s per chip).  For v4 none is published: v5e's is assumed.
-GPU figures: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM (dense bf16, NVLink one way),
-with one 400 Gbit/s card per GPU between hosts (A100: 200).
+GPU figures: NVIDIA's data sheets of A100 (40GB, 80GB; SXM, PCIe), H100 (SXM, PCIe, NVL) and H200 SXM (dense
+bf16, NVLink one way, on PCIe cards through a bridge), with one 400 Gbit/s card per GPU between hosts
+(A100: 200).
 
 Room: pure core.  Imports nothing of ours.
 """
@@ -47,8 +48,13 @@ CHIPS: dict[str, Chip] = {
     "tpu v5": Chip("TPU v5p", 459e12, 95 * GIB, 2765e9, 600e9, 6, 6.25e9),
     "tpu v6 lite": Chip("TPU v6e", 918e12, 32 * GIB, 1640e9, 400e9, 4, 12.5e9),
     "tpu v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1640e9, 400e9, 4, 12.5e9),
+    "nvidia a100-sxm4-40gb": Chip("NVIDIA A100 40GB", 312e12, 40 * GIB, 1555e9, 300e9, 1, 25e9),
+    "nvidia a100-pcie-40gb": Chip("NVIDIA A100 PCIe 40GB", 312e12, 40 * GIB, 1555e9, 300e9, 1, 25e9),
+    "nvidia a100 80gb pcie": Chip("NVIDIA A100 PCIe 80GB", 312e12, 80 * GIB, 1935e9, 300e9, 1, 25e9),
     "nvidia a100": Chip("NVIDIA A100 80GB", 312e12, 80 * GIB, 2039e9, 300e9, 1, 25e9),
     "nvidia h100": Chip("NVIDIA H100", 989e12, 80 * GIB, 3350e9, 450e9, 1, 50e9),
+    "nvidia h100 pcie": Chip("NVIDIA H100 PCIe", 756e12, 80 * GIB, 2000e9, 300e9, 1, 50e9),
+    "nvidia h100 nvl": Chip("NVIDIA H100 NVL", 835e12, 94 * 10**9, 3938e9, 300e9, 1, 50e9),
     "nvidia h200": Chip("NVIDIA H200", 989e12, 141 * 10**9, 4800e9, 450e9, 1, 50e9),
 }
 

@@ -124,17 +124,18 @@ class LossWalk:
 
 def loss_walks(config: Config, length: int) -> dict[str, LossWalk]:
     """The passes of the chunked loss (`chunked._walks`), by the name of their loop: slots of full rows."""
-    need = losses.streams_needed(config.loss)
+    used = losses.coefficients(config.loss)
     share = masked_share(config.batch, config.model.ids, length)
-    names = [n for n in losses.CROSS_ENTROPIES if n in losses.coefficients(config.loss) or need[n]]
+    names = {n for n in losses.CROSS_ENTROPIES if n in used}
+    names.update(name for tie, pair in losses.DIVERGENCES.items() if tie in used for name in pair)
     tokens = float(length - 1)  # BOS is given
     if config.loss.objective == "rdrop":
         return {"loss_tokens": LossWalk(2, tokens)}
-    if names == ["ar"]:
+    if names == {"ar"}:
         return {"loss_tokens": LossWalk(1, tokens)}
     masked = share * length
     walks = {"loss_masked": LossWalk(len(names), masked)}
-    return {**walks, "loss_unmasked": LossWalk(1, tokens - masked)} if need["ar"] else walks
+    return {**walks, "loss_unmasked": LossWalk(1, tokens - masked)} if "ar" in used else walks
 
 
 def loop_counts(config: Config, rows: float, length: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ Room: shell.  Composes data and text; prints to the terminal.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from janus_jax.data.pipeline import BatchPlan
 from janus_jax.data.sources import DatasetReport
 from janus_jax.paths import AnyPath
 from janus_jax.text import INFO_FILE, MODEL_FILE, Vocabulary, VocabularyError
+
+LOCK = ".data.lock"  # another name than that of a run: data.dir may be the folder of one
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ def bring_data(config: Config, workdir: AnyPath) -> None:
       DataError: as `prepare`.
     """
     if paths.is_remote(workdir):
-        with _bars() as progress:
-            sources.prepare_dataset(config.data, data_folder(config, workdir), progress)
+        folder = data_folder(config, workdir)
+        with alone(folder), _bars() as progress:
+            sources.prepare_dataset(config.data, folder, progress)
 
 
 def load_split(config: Config, workdir: AnyPath, vocabulary: Vocabulary, split: str) -> EncodedSource:
@@ -79,7 +83,7 @@ def prepare(config: Config, workdir: AnyPath, console: Console | None = None) ->
     folder = data_folder(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     wanted = dict.fromkeys((config.data.train_split, config.data.dev_split, config.data.test_split))
-    with _bars() as progress:
+    with alone(folder), _bars() as progress:
         dataset = sources.prepare_dataset(config.data, folder, progress)
         fresh = ["data set"] if dataset.fresh else []
         pairs = {split: sources.open_split(config.data, folder, split) for split in wanted}
@@ -99,6 +103,20 @@ def prepare(config: Config, workdir: AnyPath, console: Console | None = None) ->
     prepared = Prepared(dataset, vocabulary, splits, tuple(fresh))
     _report(config, prepared, console)
     return prepared
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+    """Where no other process of this machine makes data in `folder`; waits for one that does.
+
+    A folder that cannot be written needs no lock: what is not there already cannot be made, either.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # nor can a file system without locks be helped
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / LOCK, "a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def check_dev(config: Config, dev: EncodedSource) -> None:

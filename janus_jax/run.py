@@ -209,8 +209,8 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
 
 
 @contextmanager
-def locked(folder: AnyPath, *, wait: bool = False) -> Iterator[None]:
-    """Holds `folder` for this process alone; `wait` until another one lets go of it, rather than complain.
+def locked(folder: AnyPath) -> Iterator[None]:
+    """Holds `folder` for this process alone.
 
     Raises:
       RunError: another process holds it.
@@ -227,7 +227,7 @@ def locked(folder: AnyPath, *, wait: bool = False) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
                 f"{folder} is in use by another janus-jax process; wait for it, or choose another --workdir"

@@ -93,8 +93,7 @@ def _open_run(config: Config, workdir: paths.AnyPath, stack: ExitStack) -> run.R
     The main process claims it; the others find it claimed, and prepare what they do not share with it.
     """
     if not processes.is_main():
-        with run.locked(prepare.data_folder(config, workdir), wait=True):  # others of the same machine
-            prepared = prepare.prepare(config, workdir, Console(quiet=True))
+        prepared = prepare.prepare(config, workdir, Console(quiet=True))
         opened = run.Run(workdir, config)
         opened.bind_data(prepared.splits[config.data.train_split].sha256(), write=False)
         return opened

@@ -18,7 +18,12 @@ CHIP = Chip("made up", 100e12, 16 * GIB, 1e12, 400e9, 4, 5e9)
         ("TPU v6 lite", "TPU v6e"),
         ("NVIDIA H200", "NVIDIA H200"),
         ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
+        ("NVIDIA H100 PCIe", "NVIDIA H100 PCIe"),
+        ("NVIDIA H100 NVL", "NVIDIA H100 NVL"),
         ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"),
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100 40GB"),
+        ("NVIDIA A100-PCIE-40GB", "NVIDIA A100 PCIe 40GB"),
+        ("NVIDIA A100 80GB PCIe", "NVIDIA A100 PCIe 80GB"),
     ],
 )
 def test_chips_are_found_by_what_jax_calls_them(kind, name):

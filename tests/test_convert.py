@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from janus_jax.config import SpecialIds
-from janus_jax.convert import ConvertError, load_bart, load_fairseq
+from janus_jax.convert import ConvertError, fairseq, load_bart, load_fairseq
 from janus_jax.models import init_params
 
 V, D, F, POSITIONS, CLASSES = 11, 4, 6, 9, 7
@@ -176,6 +176,28 @@ def test_a_pt_file_tells_what_an_npz_cannot(tmp_path, monkeypatch, layout):
     assert (
         load_fairseq(tmp_path / "model.pt", heads=4, activation="relu", scale_embeddings=True)[0].heads == 4
     )
+
+
+class Mapping:
+    """As omegaconf's: no dict, and its attributes are not its values."""
+
+    def __init__(self, **values):
+        self._content = values
+
+    def get(self, name, otherwise=None):
+        return self._content.get(name, otherwise)
+
+
+@pytest.mark.parametrize("kind", [SimpleNamespace, dict, Mapping])
+def test_arguments_of_every_kind(kind, tmp_path):
+    found = fairseq._arguments(
+        kind(encoder_attention_heads=2, decoder_attention_heads=2, activation_fn="gelu"), tmp_path
+    )
+    assert found == {"heads": 2, "activation": "gelu", "scale_embeddings": True}
+    with pytest.raises(ConvertError, match=r"differ in attention heads \(2 and 4\)"):
+        fairseq._arguments(kind(encoder_attention_heads=2, decoder_attention_heads=4), tmp_path)
+    with pytest.raises(ConvertError, match="cross_self_attention"):
+        fairseq._arguments(kind(cross_self_attention=True), tmp_path)
 
 
 # BART ------------------------------------------------------------------------------------------------

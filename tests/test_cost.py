@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janus_jax import batch, config, cost, hlo, losses, step
+from janus_jax import batch, chunked, config, cost, hlo, losses, step
 from janus_jax.generate import Generator
 from janus_jax.models import init_params
 
@@ -129,6 +129,25 @@ def test_loops_of_the_other_objectives(objective, loops):
     assert found.keys() == set(loops)
     if isinstance(loops, dict):
         assert found == loops
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ar": 0.0},
+        {"nar": 0.0},
+        {"nar": 0.0, "kl_nar_aux": 0.0, "kl_ar_nar": 0.0},
+        {"aux": 0.0, "kl_ar_aux": 0.0, "kl_nar_aux": 0.0},
+        {"aux": 0.0, "kl_ar_aux": 0.0, "kl_nar_aux": 0.0, "kl_ar_nar": 0.0},
+        {"ar": 0.0, "kl_ar_aux": 0.0, "kl_ar_nar": 0.0},
+    ],
+)
+def test_what_is_counted_is_what_the_chunked_loss_walks(changes):
+    c = configuration("janus", chunk=8)
+    c = dataclasses.replace(c, loss=dataclasses.replace(c.loss, **changes))
+    walked = {f"loss_{walk.slots}": len(walk.streams) for walk in chunked._walks(c.loss)}
+    assert {name: walk.streams for name, walk in cost.loss_walks(c, 12).items()} == walked
 
 
 def test_the_share_of_masks_is_that_of_the_sampler():

@@ -1,6 +1,8 @@
 """Raw files: what is read, and what each kind of damage is called."""
 
 import gzip
+import http.server
+import threading
 
 import pytest
 
@@ -94,3 +96,24 @@ def test_fetch_checks_the_hash_and_leaves_nothing_partial(tmp_path):
     download.fetch(origin.as_uri(), target, None, "do this")  # it is there: nothing is fetched
     with pytest.raises(download.DownloadError, match=r"cannot download .*; do this"):
         download.fetch(origin.as_uri(), tmp_path / "other", None, "do this")
+
+
+def test_a_download_that_breaks_off_is_not_kept(tmp_path):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"x" * 300)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("localhost", 0), Handler) as server:
+        answering = threading.Thread(target=server.handle_request)
+        answering.start()
+        url = f"http://localhost:{server.server_port}/file"
+        with pytest.raises(download.DownloadError, match=r"after 300 of 1,000 bytes; start again, or do"):
+            download.fetch(url, tmp_path / "copy", None, "do this")
+        answering.join()
+    assert list(tmp_path.iterdir()) == []

@@ -54,6 +54,19 @@ def test_parallel_text(tmp_path):
     assert sources.open_split(back, tmp_path / "data", "train").identity != train.identity
 
 
+def test_files_whose_name_cannot_be_that_of_a_split(tmp_path):
+    for split in ("train", "all", "news.2016", "dev-1"):
+        raw(tmp_path / "raw", split)
+    report = sources.prepare_dataset(config(tmp_path / "raw"), tmp_path / "data")
+    assert set(report.splits) == {"train", "dev-1"}
+    assert len(sources.open_split(config(tmp_path / "raw"), tmp_path / "data", "dev-1")) == 4
+    for split in ("all", "news.2016"):
+        asked = config(tmp_path / "raw", test_split=split)
+        with pytest.raises(DataError, match=f"data.test_split = '{split}' cannot be the name of a split"):
+            sources.prepare_dataset(asked, tmp_path / "other")
+    assert not (tmp_path / "other" / "parallel_text").exists()
+
+
 def test_tensorflow_is_never_imported(tmp_path):
     raw(tmp_path / "raw")
     code = (

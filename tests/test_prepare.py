@@ -1,9 +1,11 @@
 """`prepare` as a whole, on small files: everything is made, then nothing is left to do."""
 
+import concurrent.futures
 import dataclasses
 import io
 import pathlib
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from rich.console import Console
 
 from janus_jax.config import Config, DataConfig, ModelConfig, SpecialIds, VocabConfig
 from janus_jax.data.lines import DataError
-from janus_jax.prepare import data_folder, load_split, prepare
+from janus_jax.prepare import alone, data_folder, load_split, prepare
 from janus_jax.text import MODEL_FILE, Vocabulary, VocabularyError
 
 WORDS = [
@@ -114,6 +116,29 @@ def test_a_dev_set_that_fits_no_bucket_is_refused_at_once(config, tmp_path):
         (folder / f"val.{language}").write_text(f"{' '.join([word] * 90)}\n" * 10, encoding="utf-8")
     with pytest.raises(DataError, match=r"data.dev_split 'val': none of its 10 pairs .*batch.buckets \(64\)"):
         run(config, tmp_path / "run")
+
+
+def test_data_are_made_by_one_process_at_a_time(tmp_path):
+    entered = threading.Event()
+
+    def second():
+        with alone(tmp_path):
+            entered.set()
+
+    waiting = threading.Thread(target=second)
+    with alone(tmp_path):
+        waiting.start()
+        assert not entered.wait(0.2)
+    waiting.join(timeout=30)
+    assert entered.is_set()
+
+
+def test_two_runs_prepare_the_same_folder_at_the_same_time(config, tmp_path):
+    shared = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(tmp_path / "shared")))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda name: run(shared, tmp_path / name)[0], ("w1", "w2")))
+    assert found[0].vocabulary.sha256 == found[1].vocabulary.sha256
+    assert sorted(one.dataset.fresh for one in found) == [False, True]
 
 
 def test_too_large_a_vocabulary(config, tmp_path):

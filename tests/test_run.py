@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import threading
 
 import pytest
 
@@ -137,18 +136,3 @@ def test_checkpoints_without_a_config_are_not_adopted(tiny_copy):
     with pytest.raises(run.RunError, match=r"checkpoints but no config\.json"):
         run.claim(tiny_copy.folder, tiny_copy.config)
     assert not (tiny_copy.folder / "config.json").exists()
-
-
-def test_a_lock_can_be_waited_for(tmp_path):
-    entered = threading.Event()
-
-    def second():
-        with run.locked(tmp_path, wait=True):
-            entered.set()
-
-    waiting = threading.Thread(target=second)
-    with run.locked(tmp_path):
-        waiting.start()
-        assert not entered.wait(0.2)
-    waiting.join(timeout=30)
-    assert entered.is_set()

@@ -1,5 +1,6 @@
 """The systems that benchmarks/step.py times compute the same thing, and its command holds."""
 
+import dataclasses
 import functools
 import gzip
 import itertools
@@ -11,7 +12,7 @@ import pytest
 
 from benchmarks import parts
 from benchmarks import step as benchmark
-from janus_jax import bench, config, cost, losses, step
+from janus_jax import bench, config, cost, losses, run, step
 
 CONFIG = config.from_dict(
     {
@@ -36,6 +37,16 @@ CONFIG = config.from_dict(
 def loss_and_gradient(params, batch, chosen, objective):
     weights = losses.weights(batch["target"], batch["masked"], chosen.loss, chosen.model.ids)
     return jax.value_and_grad(objective, has_aux=True)(params, batch, chosen, None, weights)
+
+
+def test_batches_of_a_run_are_of_a_length_that_it_has(tiny_run):
+    batch = dataclasses.replace(tiny_run.config.batch, buckets=(3, 24, 48))
+    c = dataclasses.replace(tiny_run.config, batch=batch)
+    opened = run.Run(tiny_run.folder, c)
+    assert bench.middle_bucket(c) == bench.middle_bucket(c, opened) == 24
+    assert next(bench.batches_of(c, opened, 24, 1))["target"].shape[1] == 24
+    with pytest.raises(run.RunError, match=r"no training pair falls into the bucket of 48; .* pairs for 24"):
+        next(bench.batches_of(c, opened, 48, 1))
 
 
 def test_the_obvious_version_and_ours_have_one_loss_and_one_gradient():

@@ -1,4 +1,4 @@
-"""A fairseq JANUS (or plain Transformer) state dict -> our configuration and parameters.
+"""A fairseq JANUS state dict -> our configuration and parameters.
 
 From an .npz with fairseq's names, or a .pt checkpoint where torch is installed.  What a state dict
 cannot tell (heads, activation, embedding scale) comes from the checkpoint's own arguments or from
@@ -9,6 +9,7 @@ Room: [disk], convert.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def load_fairseq(
       dropout: the configuration's dropout, for training on.
 
     Raises:
-      ConvertError: a weight is missing, left over or of the wrong shape, or torch is not installed.
+      ConvertError: a weight is missing, left over or of the wrong shape, the checkpoint's arguments are of a
+        model that ours is not, or torch is not installed.
     """
     path = Path(path)
     state, arguments = _read_npz(path) if path.suffix == ".npz" else _read_pt(path)
@@ -108,10 +110,26 @@ def _read_pt(path: Path) -> tuple[State, dict[str, Any]]:
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     state = checkpoint.get("model", checkpoint)
     given = checkpoint.get("args") or (checkpoint.get("cfg") or {}).get("model")
-    values = vars(given) if given is not None and not isinstance(given, dict) else (given or {})
-    arguments = {
-        "heads": values.get("decoder_attention_heads"),
-        "activation": values.get("activation_fn", "relu"),
-        "scale_embeddings": not values.get("no_scale_embedding", False),
+    return {name: tensor.float().numpy() for name, tensor in state.items()}, _arguments(given, path)
+
+
+def _arguments(given: Any, path: Path) -> dict[str, Any]:
+    """What we need of fairseq's arguments: a namespace, a mapping (a dict, omegaconf's), or None."""
+    find = given.get if hasattr(given, "get") else functools.partial(getattr, given)
+
+    def value(name: str, otherwise: Any = None) -> Any:
+        return otherwise if given is None else find(name, otherwise)
+
+    heads = {side: value(f"{side}_attention_heads") for side in ("encoder", "decoder")}
+    if None not in heads.values() and heads["encoder"] != heads["decoder"]:
+        raise ConvertError(
+            f"{path}: encoder and decoder differ in attention heads ({heads['encoder']} and "
+            f"{heads['decoder']}), which a model of ours cannot"
+        )
+    if value("cross_self_attention", False):
+        raise ConvertError(f"{path}: cross_self_attention, which a model of ours has not")
+    return {
+        "heads": heads["decoder"],
+        "activation": value("activation_fn", "relu"),
+        "scale_embeddings": not value("no_scale_embedding", False),
     }
-    return {name: tensor.float().numpy() for name, tensor in state.items()}, arguments

@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from janus_jax.text import clean_line
 Progress = Callable[[str, int, int | None], None]  # (what, done, total or None)
 Record = tuple[str, str, tuple[str, ...]]  # text in languages[0], in languages[1], accepted targets
 
+_SPLIT = re.compile(r"(?!all$)[\w-]+")  # what TFDS takes for the name of a split
 _MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw"
 _MULTI30K_SPLITS: dict[str, frozenset[str]] = {  # languages that each split exists in
     "train": frozenset(("en", "de", "fr", "cs")),
@@ -185,7 +187,14 @@ def _local_files(config: DataConfig, languages: tuple[str, str]) -> dict[str, li
     else:
         names = [p.name.removesuffix(".gz") for p in sorted(raw.iterdir()) if p.is_file()]
         suffixes = tuple(f".{language}" for language in languages)
-        splits = tuple(dict.fromkeys(n.rsplit(".", 1)[0] for n in names if n.endswith(suffixes)))
+        stems = dict.fromkeys(n.rsplit(".", 1)[0] for n in names if n.endswith(suffixes))
+        splits = tuple(stem for stem in stems if _SPLIT.fullmatch(stem))
+        for key in ("train_split", "dev_split", "test_split"):
+            if (split := getattr(config, key)) in stems and split not in splits:
+                raise DataError(
+                    f"data.{key} = {split!r} cannot be the name of a split: rename {raw / split}.* to "
+                    "letters, digits, _ and - alone, and not to `all`"
+                )
     found = {split: lines.find_pair(raw, split, languages) for split in splits}
     _require_splits(raw, languages, found, splits or (config.train_split,))
     return {split: pair for split, pair in found.items() if pair}

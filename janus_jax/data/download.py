@@ -6,6 +6,7 @@ Room: [disk, network] the only one that opens a connection.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import pathlib
 import urllib.error
@@ -31,7 +32,7 @@ def fetch(url: str, path: pathlib.Path, sha256: str | None, remedy: str) -> None
       remedy: what the user can do instead, ends the message of every error.
 
     Raises:
-      DownloadError: no connection, an HTTP error, or another hash than `sha256`.
+      DownloadError: no connection, an HTTP error, fewer bytes than announced, or another hash than `sha256`.
     """
     if path.is_file():
         return
@@ -43,10 +44,15 @@ def fetch(url: str, path: pathlib.Path, sha256: str | None, remedy: str) -> None
             while chunk := answer.read(_CHUNK):
                 digest.update(chunk)
                 file.write(chunk)
+            told, found = answer.headers.get("Content-Length"), file.tell()
+        if told is not None and int(told) != found:  # a connection that closes early is no error to urllib
+            raise DownloadError(
+                f"{url} ended after {found:,} of {int(told):,} bytes; start again, or {remedy}"
+            )
         if sha256 is not None and digest.hexdigest() != sha256:
             raise DownloadError(f"{url} has sha256 {digest.hexdigest()}, expected {sha256}; {remedy}")
         os.replace(partial, path)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise DownloadError(f"cannot download {url} ({error}); {remedy}") from error
     finally:
         partial.unlink(missing_ok=True)
