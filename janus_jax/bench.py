@@ -6,9 +6,9 @@
              sentences a second, and the time of one batch (median and 95th percentile)
 
 Everything that a user would wait for is counted (encoder, length prediction, the way to the device
-and back), compiling apart.  With random weights the outputs are limited to the length of the source
-on both sides, so that both write about as much; with a run, its own test sentences are decoded and
-each side writes what it writes.
+and back), compiling apart.  With random weights NAR writes as many tokens as the source has, and AR at most
+that (random weights hardly ever end a sentence); with a run, its own test sentences are decoded and each side
+writes what it writes.
 
 Room: shell.
 """
@@ -143,30 +143,32 @@ def decoding(config: Config, opened: run.Run | None) -> list[dict[str, Any]]:
             config, decode=dataclasses.replace(config.decode, max_length_a=1.0, max_length_b=1)
         )
     engine = Engine(params, config)
-    needed = losses.streams_needed(config.loss)
-    systems = [way for way in SYSTEMS if all(needed[side] for side in way.sides)]
+    taught = losses.taught(config.loss)
+    systems = [way for way in SYSTEMS if taught.issuperset(way.sides)]
     rows = []
     with report.progress(len(systems) * len(BATCHES), "bench: decoding", unit="system") as shown:
         for way, size in itertools.product(systems, BATCHES):
             generator = Generator(config.model, with_options(config.decode, **way.options))
-            rates = _decode(engine, generator, way.decode, sources, size)
+            rates = _decode(engine, generator, way.decode, sources, size, predicted=opened is not None)
             rows.append({"system": way.label, "batch": size, **rates})
             shown.advance(system=f"{way.label}, batch {size}")
     return rows
 
 
 def _decode(
-    engine: Engine, generator: Generator, mode: str, sources: np.ndarray, size: int
+    engine: Engine, generator: Generator, mode: str, sources: np.ndarray, size: int, *, predicted: bool
 ) -> dict[str, float]:
+    """Rates and times; `predicted` lengths, or those of the sources, which random weights would not tell."""
+    given = None if predicted else np.full(size, sources.shape[1], np.int32)
     count = min(SENTENCES[size], len(sources))
     chunks = [np.resize(sources[i : i + size], (size, sources.shape[1])) for i in range(0, count, size)]
     warm = Report()
     for chunk in chunks[:3]:  # compiles; canvases differ a little in length
-        engine.run(mode, generator, chunk, warm)
+        engine.start(mode, generator, chunk, warm, given)()
     seconds, compiled, tokens = [], Report(), 0
     for chunk in chunks:
         start, before = time.perf_counter(), compiled.compile_seconds
-        written, _, _ = engine.run(mode, generator, chunk, compiled)
+        written, _, _ = engine.start(mode, generator, chunk, compiled, given)()
         seconds.append(time.perf_counter() - start - (compiled.compile_seconds - before))
         tokens += int(np.sum(written[:, 0] > generator.model.ids.mask))
     total = sum(seconds)

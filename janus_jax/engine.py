@@ -87,10 +87,6 @@ class Engine:
         """Other parameters of the same model; what is compiled stays."""
         self._params = jax.device_put(params, mesh.replicated(self._mesh))
 
-    def run(self, decode: str, generator: Generator, source: np.ndarray, report: Report) -> Written:
-        """`start`, and what it wrote."""
-        return self.start(decode, generator, source, report)()
-
     def start(
         self,
         decode: str,
