@@ -173,11 +173,6 @@ def curve(
         for base in bases:
             row[f"times_{base.label}"] = _speed_ups(beside[system.name][base.name], timed[system.name])
         row["memory"] = None
-    if memory:
-        for system in chosen:
-            found[system.name]["memory"] = _alone(
-                _peak, str(workdir), checkpoint, dtype, system, sources[:stream]
-            )
     result = {
         **facts,
         "workdir": str(workdir),
@@ -191,6 +186,14 @@ def curve(
         "systems": found,
     }
     _publish(result, output)
+    if memory:  # after the rest is written, which took half an hour and is not to be lost with this
+        with report.progress(len(chosen), "curve: memory", unit="system") as progress:
+            for system in chosen:
+                found[system.name]["memory"] = _alone(
+                    _peak, str(workdir), checkpoint, dtype, system, sources[:stream]
+                )
+                progress.advance(system=system.name)
+        _publish(result, output)
     return result
 
 

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         if args.profile and OURS not in args.systems:
             raise common.BenchmarkError(f"--profile traces {OURS!r}: name it in --systems")
-        result = measure(config, args.workdir, length, args.rounds, args.systems, args.profile)
+        result = measure(config, opened, length, args.rounds, args.systems, args.profile)
         if args.json:
             report.write_json(args.json, result)
         show(result)
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(
     config: Config,
-    workdir: Path | None,
+    opened: run.Run | None,
     length: int,
     rounds: int,
     names: list[str],
@@ -111,7 +111,6 @@ def measure(
 ) -> dict[str, Any]:
     """Everything the table needs, of one batch of `length`; `profiled`: where to put a trace."""
     config = changed(config, loss={"objective": "janus"}, mesh={"data": 1})
-    opened = run.open_run(workdir) if workdir else None
     batch = jax.tree.map(jax.numpy.asarray, next(bench.batches_of(config, opened, length, 1)))
     rows = batch["target"].shape[0]
     systems = {n: c for n, c in configurations(config).items() if n in names}
@@ -158,7 +157,7 @@ def measure(
         "masked": float(batch["masked"].mean()),
         "real": float((batch["target"] != config.model.ids.pad).mean()),
         "rounds": rounds,
-        "batches": f"of {workdir}" if workdir else "full rows of random tokens",
+        "batches": f"of {opened.folder}" if opened else "full rows of random tokens",
         "config": config.to_dict(),
         "device": mesh.device_kind(),
         "versions": report.versions(),

@@ -76,7 +76,8 @@ def prepare(config: Config, workdir: AnyPath, console: Console | None = None) ->
       console: where the report goes; standard output by default.
 
     Raises:
-      DataError: data that cannot be used; the message names file, line or key.
+      DataError: data that cannot be used, or no dev pair that fits a bucket; the message names file, line or
+        key.
       VocabularyError: no vocabulary of this size can be trained, or `workdir` has another one.
     """
     console = console or Console()
@@ -100,6 +101,7 @@ def prepare(config: Config, workdir: AnyPath, console: Console | None = None) ->
             if not encoded.is_encoded(source, vocabulary, folder):
                 fresh.append(f"encoded {split}")
             splits[split] = encoded.encode_split(source, vocabulary, folder, _about(progress, split))
+    _check_dev(config, splits[config.data.dev_split])
     prepared = Prepared(dataset, vocabulary, splits, tuple(fresh))
     _report(config, prepared, console)
     return prepared
@@ -119,7 +121,7 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def check_dev(config: Config, dev: EncodedSource) -> None:
+def _check_dev(config: Config, dev: EncodedSource) -> None:
     """Sees to it that there is something to measure on dev, before the first update rather than after many.
 
     Raises:
@@ -167,7 +169,6 @@ def _report(config: Config, prepared: Prepared, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
 
-    check_dev(config, prepared.splits[data.dev_split])
     plan = BatchPlan(prepared.splits[data.train_split].lengths, config.batch, seed=config.seed)
     shapes = Table(title="training batches", title_justify="left")
     for column in ("length", "rows", "padding"):

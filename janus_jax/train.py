@@ -312,7 +312,6 @@ class _Dev:
     def __init__(self, training: _Training) -> None:
         self.training, config = training, training.config
         self.examples = _open(training.opened, config.data.dev_split, training.vocabulary)
-        prepare.check_dev(config, self.examples)
         pairs = open_split(config.data, training.opened.data_folder, config.data.dev_split)
         wanted = config.train.dev_sentences
         count = len(pairs) if wanted == 0 else min(max(wanted, 0), len(pairs))

@@ -75,6 +75,18 @@ def test_curve(tiny_run, tmp_path, monkeypatch, capsys):
     assert "tok:13a" in capsys.readouterr().out
 
 
+def test_a_curve_is_written_before_memory_is_measured(tiny_run, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(curve, "BATCHES", (2, 4))
+    monkeypatch.setattr(curve, "_alone", killed)
+    with pytest.raises(KeyboardInterrupt):
+        curve.curve(str(tiny_run.folder), tmp_path, sentences=2, stream=4, rounds=1, systems=(curve.GREEDY,))
+    stored = json.loads((tmp_path / "curve.json").read_text("utf-8"))
+    assert stored["systems"]["AR, greedy"]["scores"]["sentences"] == 7
+
+
 def test_a_run_that_is_none_is_one_line(tmp_path, capsys):
     assert curve.main([f"--workdir={tmp_path}"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
