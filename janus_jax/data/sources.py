@@ -126,7 +126,10 @@ def open_split(config: DataConfig, folder: pathlib.Path, split: str) -> PairSour
         raise DataError(f"{path} is missing: run `janus-jax prepare` first")
     metadata = _metadata(path)
     if split not in metadata["splits"]:
-        raise DataError(f"{config.name} has no split {split!r}; it has {', '.join(metadata['splits'])}")
+        raise DataError(
+            f"{config.name} has no split {split!r}; it has {', '.join(metadata['splits'])}: name one of "
+            "these by data.train_split, data.dev_split or data.test_split, or by --split"
+        )
     tfds = importlib.import_module("tensorflow_datasets")  # half a second, so only when it is needed
     records = tfds.builder_from_directory(str(path)).as_data_source(split)
     length = len(records)
