@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from rich.console import Console
 from janus_jax import mesh, report, score, ways
 from janus_jax.data.lines import DataError
 from janus_jax.data.sources import open_split
+from janus_jax.generate import with_options
 from janus_jax.prepare import bring_data
 from janus_jax.run import Run
 from janus_jax.translator import Translator
@@ -68,7 +69,11 @@ WITHOUT_AR = (ways.nar(4), ways.nar(10), ways.nar(10, 7))
 
 
 def choose(
-    opened: Run, translator: Translator, keep: float = KEEP, batch_size: int | None = None
+    opened: Run,
+    translator: Translator,
+    keep: float = KEEP,
+    batch_size: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Measured:
     """The fastest way with at least `keep` of the best BLEU; measures first where that was not done yet.
 
@@ -77,15 +82,17 @@ def choose(
       translator: its model.
       keep: the share of the best way's dev BLEU that is asked for, in (0, 1].
       batch_size: of the decoding to come; 1 means that latency counts.
+      options: of the section `decode`, in place of the run's, for every way that does not set them itself.
 
     Raises:
       data.DataError: the run has no prepared dev split here.
     """
     console = Console(stderr=True)
-    here = _here(translator)
+    given = dict(options or {})
+    here = _here(translator, given)
     kept = _read(opened)
     if here not in kept:
-        kept[here] = [asdict(way) for way in measure(opened, translator, console)]
+        kept[here] = [asdict(way) for way in measure(opened, translator, console, given)]
         try:
             report.write_json(opened.folder / FILE, kept)
         except OSError as error:  # a run that others own can be decoded all the same
@@ -111,8 +118,10 @@ def pick(found: list[Measured], keep: float, batch_size: int | None = None) -> M
     return max((one for one in found if one.bleu >= enough), key=lambda one: one.speed(batch_size))
 
 
-def measure(opened: Run, translator: Translator, console: Console) -> list[Measured]:
-    """What each way that the model has gives on dev sentences, here and now."""
+def measure(
+    opened: Run, translator: Translator, console: Console, given: Mapping[str, Any]
+) -> list[Measured]:
+    """What each way that the model has gives on dev sentences, here and now, with the options `given`."""
     try:
         bring_data(opened.config, opened.folder)
         pairs = open_split(opened.config.data, opened.data_folder, opened.config.data.dev_split)
@@ -127,10 +136,11 @@ def measure(opened: Run, translator: Translator, console: Console) -> list[Measu
     known, measured = tried(translator.modes), []
     with report.progress(len(known), "auto: measuring", unit="way", console=console) as progress:
         for way in known:
-            translator.decode(sources, way.decode, **way.options)  # compiles
-            found, took = translator.decode(sources, way.decode, **way.options)
-            translator.decode(sources[:ALONE], way.decode, batch_size=1, **way.options)
-            _, alone = translator.decode(sources[:ALONE], way.decode, batch_size=1, **way.options)
+            options = {**given, **way.options}
+            translator.decode(sources, way.decode, **options)  # compiles
+            found, took = translator.decode(sources, way.decode, **options)
+            translator.decode(sources[:ALONE], way.decode, batch_size=1, **options)
+            _, alone = translator.decode(sources[:ALONE], way.decode, batch_size=1, **options)
             bleu = score.score([best.text for best, *_ in found], references).bleu
             rates = took.speed()["sentences_per_s"], alone.speed()["sentences_per_s"]
             measured.append(Measured(way.decode, dict(way.options), bleu, *rates))
@@ -144,12 +154,12 @@ def tried(modes: Sequence[str]) -> list[ways.Way]:
     return [way for way in every if way.sides <= set(modes)]
 
 
-def _here(translator: Translator) -> str:
-    """What a measurement holds for: parameters, machine, and the run's options that no way sets itself."""
+def _here(translator: Translator, given: Mapping[str, Any]) -> str:
+    """What a measurement holds for: parameters, machine, and the options that no way sets itself."""
     machine = f"{os.cpu_count()} x {platform.machine()}"
     devices = f"{translator.devices} x {mesh.device_kind()}"
     set_by_ways = {name for way in (*WAYS, *WITHOUT_AR) for name in way.options}
-    options = asdict(translator.config.decode)
+    options = asdict(with_options(translator.config.decode, **given))
     left = " ".join(f"{name}={options[name]}" for name in sorted(options.keys() - set_by_ways))
     return f"{translator.name}, {devices}, {machine}, jax {report.versions()['jax']}, {left}"
 

@@ -238,8 +238,9 @@ def _translate(args: argparse.Namespace, _: Overrides) -> int:
     if mode == "auto":
         from janus_jax import auto, run
 
-        way = auto.choose(run.open_run(args.workdir), translator, args.keep or auto.KEEP, args.batch_size)
-        mode, options = way.decode, {**way.options, **options}
+        opened = run.open_run(args.workdir)
+        way = auto.choose(opened, translator, args.keep or auto.KEEP, args.batch_size, options)
+        mode, options = way.decode, {**options, **way.options}
     translator.options(mode, nbest=args.nbest, **options)
     with translate.output(args.output) as file:
         translate.translate(

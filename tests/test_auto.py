@@ -60,6 +60,7 @@ def test_measured_once_and_kept_by_machine(tiny_run, tmp_path, monkeypatch, capf
     assert [way["decode"] for way in kept] == ["ar", "draft", "nar"]
     assert all(way["sentences_per_s"] > 0 and way["alone_per_s"] > 0 for way in kept)
     assert kept[0]["bleu"] == kept[1]["bleu"]  # strict drafts write what greedy search writes
+    measure = auto.measure
     monkeypatch.setattr(auto, "measure", None)  # not again
     assert auto.choose(opened, translator) == first
     assert f"auto: {first.name}" in capfd.readouterr().err
@@ -68,6 +69,19 @@ def test_measured_once_and_kept_by_machine(tiny_run, tmp_path, monkeypatch, capf
     command = ["translate", f"--workdir={opened.folder}", f"--input={source}", f"--output={tmp_path / 'out'}"]
     assert main([*command, "--decode=auto", "--keep=1"]) == 0
     assert len((tmp_path / "out").read_text().splitlines()) == 2
+    asked = []
+
+    def decode(self, lines, mode, *, batch_size=None, **options):
+        asked.append(options)
+        return decode_lines(self, lines, mode, batch_size=batch_size, **options)
+
+    decode_lines = Translator.decode
+    monkeypatch.setattr(auto, "measure", measure)
+    monkeypatch.setattr(Translator, "decode", decode)
+    assert main([*command, "--decode=auto", "--max_length_b=3"]) == 0  # measured with what is asked for
+    assert len(asked) > 4
+    assert all(options["max_length_b"] == 3 for options in asked)
+    assert len(json.loads((opened.folder / auto.FILE).read_text())) == 2
     assert main([*command, "--decode=ar", "--keep=1"]) == 2
     assert "--keep is an option of --decode=auto" in capfd.readouterr().err
     assert main([*command, "--decode=auto", "--nbest=2"]) == 2
@@ -78,17 +92,17 @@ def test_a_measurement_holds_for_the_devices_and_options_it_was_made_with(tiny_r
     def here(**changed):
         config = dataclasses.replace(tiny_run.config, **changed)
         return auto._here(
-            Translator(tiny_translator.params, config, tiny_translator.vocabulary, name="step 1")
+            Translator(tiny_translator.params, config, tiny_translator.vocabulary, name="step 1"), {}
         )
 
     def decoding(**options):
         return dataclasses.replace(tiny_run.config.decode, **options)
 
     plain = here()
-    assert plain == auto._here(tiny_translator)
+    assert plain == auto._here(tiny_translator, {})
     assert plain != here(mesh=dataclasses.replace(tiny_run.config.mesh, data=2))
     for options in ({"max_length_a": 1.0}, {"length_penalty": 0.6}, {"tokens": 512}, {"ban_unk": False}):
-        assert plain != here(decode=decoding(**options))
+        assert plain != here(decode=decoding(**options)) == auto._here(tiny_translator, options)
     assert plain == here(decode=decoding(beam=4, iterations=7, candidates=2)), "each way sets its own"
 
 
