@@ -263,6 +263,8 @@ def _build_decode(name: str, config: Config, machine: Machine) -> Program:
     width = config.decode.beam if name == "ar" else config.decode.candidates
     rows = max(1, config.decode.tokens // (length * width))
     rows = -(-rows // shares) * shares
+    if "ar" not in losses.taught(config.loss):  # nothing to score by, and decoding leaves it out
+        config = _with(config, "decode.rescore", False)
     generator = Generator(config.model, config.decode)
 
     def ar(params: Any, source: jax.Array) -> Any:

@@ -30,9 +30,7 @@ class Flops:
     """FLOPs of one run of a program, over all devices."""
 
     model: float  # what the method needs
-    executed: (
-        float  # with what is computed twice (layers under model.remat) or for nothing (half-empty chunks)
-    )
+    executed: float  # with what is computed twice (model.remat) or for nothing (half-empty chunks)
 
 
 def train_step(config: Config, rows: int, length: int, walks: int = 1) -> Flops:

@@ -248,6 +248,17 @@ def test_from_the_command_line(capsys, tmp_path, monkeypatch):
     assert "must be a number above 0" in capsys.readouterr().err
 
 
+def test_without_an_ar_side_nothing_is_scored_again(machine):
+    def flops(objective, rescore):
+        c = tiny()
+        loss = dataclasses.replace(c.loss, objective=objective)
+        decode = dataclasses.replace(c.decode, rescore=rescore)
+        return compile.build("nar", dataclasses.replace(c, loss=loss, decode=decode), machine).flops
+
+    assert flops("cmlm", True) == flops("cmlm", False) == flops("janus", False)
+    assert flops("janus", True).executed > flops("janus", False).executed
+
+
 def test_unknown_programs(machine):
     with pytest.raises(compile.CompileError, match="no program 'trian'; there are train, ar, nar"):
         compile.make_report(tiny(), machine, ["trian"])
