@@ -36,6 +36,10 @@ ROWS: dict[str, Row] = {
     "kl_warmup": Row("KL weights rising from 0 over the first half", {"loss.kl_warmup": 0.5}),
     "ar_teaches": Row("KL teaches NAR and AUX alone", {"loss.kl_learners": "nar_aux"}),
     "ar_learns": Row("KL teaches AR alone", {"loss.kl_learners": "ar"}),
+    "ar_learns_aux": Row(
+        "KL(AR, AUX) alone, which teaches AR alone",
+        {"loss.kl_learners": "ar", "loss.kl_nar_aux": 0.0, "loss.kl_ar_nar": 0.0},
+    ),
     "no_kl": Row(
         "AR and NAR side by side, no AUX, no KL",
         {
