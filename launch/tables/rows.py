@@ -49,6 +49,10 @@ ROWS: dict[str, Row] = {
             "loss.kl_ar_nar": 0.0,
         },
     ),
+    "no_ties": Row(
+        "AR, NAR and AUX side by side, no KL",
+        {"loss.kl_ar_aux": 0.0, "loss.kl_nar_aux": 0.0, "loss.kl_ar_nar": 0.0},
+    ),
     "code": Row("AR positions of the released code", {"model.ar_positions": "code"}),
     "figure": Row("AR positions as in the paper's picture", {"model.ar_positions": "figure"}),
     "aligned": Row("AR positions aligned", {"model.ar_positions": "aligned"}),
