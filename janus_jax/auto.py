@@ -86,6 +86,7 @@ def choose(
 
     Raises:
       data.DataError: the run has no prepared dev split here.
+      translator.DecodeError: an option with an unusable value.
     """
     console = Console(stderr=True)
     given = dict(options or {})

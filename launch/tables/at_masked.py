@@ -47,7 +47,8 @@ def measure(opened: Run, checkpoint: str = "best") -> tuple[str, dict[str, float
     for batch in eval_batches(examples, config.batch):
         for key, value in jax.device_get(add_up(params, batch)).items():
             total[key] += float(value)
-    found = {key: total[key] / total["masked"] for key in ("ar", "aux", "nar", "ahead") if key in total}
+    masked = max(total["masked"], 1.0)  # none where every target is very short
+    found = {key: total[key] / masked for key in ("ar", "aux", "nar", "ahead") if key in total}
     if "ar" in taught:
         found["ar_all"] = total["ar_all"] / total["tokens"]
     return name, found
