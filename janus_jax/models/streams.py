@@ -15,7 +15,7 @@ k < j and "ahead" are in the order of the sentence, or by the turns of a random 
 
 (*) `code`: both at i, as the released code has it; `figure`: both at i + 1; `aligned`: content at
 i and query at i + 1, so that each carries the place of what it is or predicts, as NAR's and AUX's slots
-do.  The last is the default: it did better in every way of decoding (docs/results.md).
+do.  The last is the default: it did better in every way of decoding (docs/ablations.md).
 
 All streams keep the target's own order, so AR slot t predicts target position t + 1, NAR and AUX
 slots position t.  Plainly, each stream has T slots, and those outside M of the two-stream part are
