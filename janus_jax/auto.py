@@ -156,13 +156,14 @@ def tried(modes: Sequence[str]) -> list[ways.Way]:
 
 
 def _here(translator: Translator, given: Mapping[str, Any]) -> str:
-    """What a measurement holds for: parameters, machine, and the options that no way sets itself."""
+    """What a measurement holds for: parameters, dev split, machine, options that no way sets."""
     machine = f"{os.cpu_count()} x {platform.machine()}"
     devices = f"{translator.devices} x {mesh.device_kind()}"
     set_by_ways = {name for way in (*WAYS, *WITHOUT_AR) for name in way.options}
     options = asdict(with_options(translator.config.decode, **given))
     left = " ".join(f"{name}={options[name]}" for name in sorted(options.keys() - set_by_ways))
-    return f"{translator.name}, {devices}, {machine}, jax {report.versions()['jax']}, {left}"
+    dev = translator.config.data.dev_split
+    return f"{translator.name}, {dev}, {devices}, {machine}, jax {report.versions()['jax']}, {left}"
 
 
 def _read(opened: Run) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from janus_jax.generate import Generator, with_options
 from janus_jax.paths import AnyPath
 from janus_jax.prepare import bring_data
 from janus_jax.step import init_state, train_step
+from janus_jax.translator import check_params
 
 UPDATES = 10
 BATCHES = (1, 16, 128)
@@ -55,9 +56,14 @@ def bench(config: Config, workdir: AnyPath | None) -> int:
     Args:
       config: the model and batches to measure.
       workdir: a run with checkpoints, whose weights and test sentences are used; None for random weights.
+
+    Raises:
+      run.RunError: `config` is of another model than the checkpoint.
+      checkpoint.NoCheckpointError: the run has none.
     """
     opened = run.open_run(workdir) if workdir else None
     if opened:
+        check_params(opened.params("best")[0], config.model, opened)
         bring_data(config, opened.folder)
     subject = f"{workdir}, trained weights" if workdir else "random weights, outputs as long as the source"
     trained = training(config, opened)

@@ -208,7 +208,8 @@ def _one_walk(
     gradient: bool,
 ) -> Tree:
     """Adds what the slots `where` [G, n] contribute to `found`, chunk by chunk."""
-    _, project, size, smoothing = static
+    _, project, chunk, smoothing = static
+    size = min(chunk, where.shape[1])
     of_chunk: Callable[..., Any] = functools.partial(_chunk, walk, project, smoothing, gradient)
     of_chunk = jax.vmap(of_chunk, in_axes=(0, None, 0, 0, None), spmd_axis_name=sharding.ROWS)
     listed = jnp.argsort(~where, axis=1, stable=True)  # the chosen slots, then the others
@@ -331,7 +332,8 @@ def _gradients(
                 continue
             apart = log_p[one] - log_p[other]
             found[one] += scales[term] * 0.5 * (p[one] * (apart + 1 - kl[:, None]) - p[other])
-    return {name: x * item[:, None] for name, x in found.items()}
+    # A stream may have no term that teaches it: only tied to, and not among the learners.
+    return {name: jnp.broadcast_to(x, log_p[name].shape) * item[:, None] for name, x in found.items()}
 
 
 def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:

@@ -75,7 +75,8 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         args, overrides = parse(sys.argv[1:] if argv is None else argv)
         code = args.run(args, overrides)
-        sys.stdout.flush()  # a pipe without a reader shows here, not when Python has left us
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()  # a pipe without a reader shows here, not when Python has left us
         return code
     except SystemExit as done:  # argparse, after --help and --version
         return int(done.code or 0)
@@ -242,7 +243,7 @@ def _translate(args: argparse.Namespace, _: Overrides) -> int:
         way = auto.choose(opened, translator, args.keep or auto.KEEP, args.batch_size, options)
         mode, options = way.decode, {**options, **way.options}
     translator.options(mode, nbest=args.nbest, **options)
-    with translate.output(args.output) as file:
+    with translate.output(args.output, keep=True) as file:
         translate.translate(
             translator, lines, file, mode, nbest=args.nbest, batch_size=args.batch_size, **options
         )
@@ -263,7 +264,7 @@ def _export(args: argparse.Namespace, _: Overrides) -> int:
         mode,
         checkpoint=args.checkpoint,
         batch_size=args.batch_size,
-        platforms=args.platforms.split(","),
+        platforms=tuple(dict.fromkeys(args.platforms.split(","))),
         **_options_for(mode, [mode], args),
     )
     size = sum(entry["bytes"] for entry in manifest["files"].values())

@@ -26,6 +26,8 @@ AR_STREAMS = ("query", "content")
 SAMPLERS = ("span", "uniform")
 ORDERS = ("sentence", "random")
 SCHEDULES = ("inverse_sqrt", "polynomial", "constant")
+MOST = 1000  # beams, candidates, passes, drafted tokens: what shapes and 32-bit counts bear
+STEEPEST = 10  # exponent of a length by which scores are divided: what float32 bears
 
 
 class ConfigError(ValueError):
@@ -382,6 +384,7 @@ def _faults(c: Config) -> Iterator[str]:
     yield from at_least(1, "train.log_every", "train.eval_every", "train.checkpoint_every")
     yield from at_least(1, "train.keep_last", "decode.beam", "decode.iterations", "decode.candidates")
     yield from at_least(1, "train.max_skipped", "vocab.max_sentences")
+    yield from at_least(2, "model.max_length")
     yield from at_least(1, "train.dev_beam", "train.dev_iterations")
     yield from at_least(-1, "train.dev_sentences")
     yield from at_least(
@@ -403,8 +406,17 @@ def _faults(c: Config) -> Iterator[str]:
     yield from within(0, 1, "loss.label_smoothing", "loss.kl_warmup", "optim.ema", "optim.b1", "optim.b2")
     if not 0 < c.batch.mask_rate <= 1:
         yield f"batch.mask_rate must lie in (0, 1], got {c.batch.mask_rate}"
-    if not c.batch.span_mean > 0:
-        yield f"batch.span_mean must be above 0, got {c.batch.span_mean}"
+    if not 0 < c.batch.span_mean <= 100:
+        yield f"batch.span_mean must lie in (0, 100], got {c.batch.span_mean}"
+    if not c.optim.eps > 0:
+        yield f"optim.eps must be above 0, got {c.optim.eps}"
+    if not c.seed < 2**32:
+        yield f"seed must be below 2**32, got {c.seed}"
+    for key in ("beam", "iterations", "candidates", "draft_block", "draft_top_k"):
+        if getattr(c.decode, key) > MOST:
+            yield f"decode.{key} must be at most {MOST}, got {getattr(c.decode, key)}"
+    if abs(c.decode.length_penalty) > STEEPEST:
+        yield f"decode.length_penalty must lie in [-{STEEPEST}, {STEEPEST}], got {c.decode.length_penalty}"
     if c.model.heads > 0 and c.model.dim % c.model.heads:
         yield f"model.heads ({c.model.heads}) must divide model.dim ({c.model.dim})"
     yield from at_least(1, "mesh.fsdp", "mesh.tensor", "batch.device_tokens")
@@ -448,8 +460,17 @@ def _faults(c: Config) -> Iterator[str]:
         )
     if c.train.dev_sentences < 0 and c.train.best == "bleu":
         yield "train.best = bleu needs dev BLEU: set train.dev_sentences to 0 or more, or train.best = loss"
-    weights = (c.loss.ar, c.loss.nar, c.loss.kl_ar_aux, c.loss.kl_nar_aux, c.loss.kl_ar_nar)
+    learners = KL_LEARNERS.get(c.loss.kl_learners, ())
+    weights = (
+        c.loss.ar,
+        c.loss.nar,
+        ("ar" in learners) * (c.loss.kl_ar_aux + c.loss.kl_ar_nar),
+        ("nar" in learners) * (c.loss.kl_nar_aux + c.loss.kl_ar_nar),
+    )
     if c.loss.objective == "janus" and not any(weights):
-        yield "loss.objective = janus needs a weight that teaches AR or NAR: loss.ar, loss.nar or a tie"
+        yield (
+            "loss.objective = janus needs a weight that teaches AR or NAR: loss.ar, loss.nar, or a tie that "
+            f"one of them learns by (loss.kl_learners = {c.loss.kl_learners})"
+        )
     if c.loss.objective == "janus" and c.model.ar_stream != "query":
         yield "loss.objective = janus needs model.ar_stream = query"

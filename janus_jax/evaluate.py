@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
-from janus_jax import mesh, plots, processes, report, score, tables
+from janus_jax import mesh, paths, plots, processes, report, score, tables
 from janus_jax.config import DecodeConfig
 from janus_jax.data.sources import open_split
 from janus_jax.generate import EMPTY
 from janus_jax.paths import AnyPath
 from janus_jax.run import Run
-from janus_jax.translate import cut_messages, output
+from janus_jax.translate import OutputError, cut_messages, output
 from janus_jax.translator import Translator, decode_together
 
 FOLDER = "eval"
@@ -137,7 +138,7 @@ def evaluate(
       **options: any key of the config section `decode`.
 
     Raises:
-      EvaluationError: the split is empty.
+      EvaluationError: the split is empty, or `folder` cannot be written to.
       data.DataError: there is no such split, or no prepared data.
       translator.DecodeError: as `Translator.decode`; `true_length` with "ar", for one.
     """
@@ -154,6 +155,8 @@ def evaluate(
     lengths = None
     if true_length:
         lengths = [len(translator.vocabulary.encode(wordings[0])) - EMPTY for wordings in references]
+    if processes.is_main():
+        _check_folder(folder)
     console = Console(stderr=True, quiet=not processes.is_main())
     with report.progress(count, f"{split} {name}", unit="sentence", console=console) as progress:
 
@@ -173,11 +176,12 @@ def evaluate(
         for message in cut_messages(took.cut, limit=SHOWN_CUTS):
             progress.say(f"{split} {message}")
     hypotheses = [best.text for best, *_ in found]
+    scores = score.score(hypotheses, references)
     result = {
         "split": split,
         "decode": decode,
         "checkpoint": translator.name,
-        "scores": score.score(hypotheses, references).to_dict(),
+        "scores": scores.to_dict(),
         "speed": {**took.speed(), "batches": took.batches, "shapes": len(took.shapes)},
         "passes_per_sentence": None if decode == "ar" else took.passes / count,
         "cut": [{"line": line + 1, "tokens": tokens, "kept": kept} for line, tokens, kept in took.cut],
@@ -191,11 +195,28 @@ def evaluate(
         "versions": report.versions(),
     }
     if processes.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        with output(folder / f"{split}.{name}.hyp") as file:
-            file.write("".join(f"{line}\n" for line in hypotheses).encode("utf-8"))
-        report.write_json(folder / f"{split}.{name}.json", result)
+        try:
+            with output(folder / f"{split}.{name}.hyp") as file:
+                file.write("".join(f"{line}\n" for line in hypotheses).encode("utf-8"))
+            report.write_json(folder / f"{split}.{name}.json", result)
+        except (OutputError, report.ReportError) as error:
+            told = f"{split} {name} has BLEU {scores.bleu:.2f}, chrF {scores.chrf:.2f}"
+            raise EvaluationError(f"{told}, but is not kept: {error}") from error
     return Evaluation(name, result, sources, references, hypotheses)
+
+
+def _check_folder(folder: AnyPath) -> None:
+    """Raises EvaluationError unless `folder` takes files: decoding may take long, and is not done in vain."""
+    if paths.is_remote(folder):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise EvaluationError(
+            f"{folder} cannot be written to: {error.strerror}; name another folder with --output_dir=DIR"
+        ) from error
 
 
 def draw_refinements(

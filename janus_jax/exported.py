@@ -412,6 +412,8 @@ def main(argv: Sequence[str] | None = None, folder: Path | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         exported = Exported.load(folder)
+        if sys.stdin is None or sys.stdout is None:
+            raise ExportedError("standard input or output is closed: redirect both")
         lines = split_lines(sys.stdin.buffer.read(), "<stdin>")
         for start in range(0, len(lines), WINDOW):
             texts = exported.translate(

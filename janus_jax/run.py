@@ -28,7 +28,7 @@ from typing import Any
 from janus_jax import checkpoint, paths, report
 from janus_jax.config import Config, ConfigError, differences, from_dict
 from janus_jax.paths import AnyPath
-from janus_jax.text import Vocabulary
+from janus_jax.text import MODEL_FILE, Vocabulary
 
 LOCK = ".lock"
 BOUND = "vocabulary.sha256"  # beside the checkpoints: the vocabulary that they were made with
@@ -38,6 +38,8 @@ BOUND_DATA = "training_data.sha256"  # and the encoded training pairs
 FREE = ("data.dir", "data.raw_dir", "data.dev_split", "data.test_split", "batch.workers", "batch.prefetch")
 FREE_SECTIONS = ("train.", "decode.", "mesh.")
 FREE_MODEL = ("model.scan_layers", "model.remat", "model.remat_keep")
+# What a vocabulary is made by: fixed once there is one.  The rest is fixed once there is a checkpoint.
+OF_VOCABULARY = ("data.", "vocab.", "model.vocab_size", "model.ids.")
 
 
 class RunError(ValueError):
@@ -133,7 +135,7 @@ class Run:
         """
         part = "ema" if self.config.optim.ema else "params"
         kind, _, number = which.partition(":")
-        if kind == "average" and number.isdigit():
+        if kind == "average" and number.isdecimal():
             if int(number) > (kept := self.config.train.keep_last):
                 raise RunError(  # an older one is there only where it is best on dev
                     f"cannot average the last {number} checkpoints of {self.folder}: train.keep_last is "
@@ -142,9 +144,9 @@ class Run:
             found = checkpoint.average_params(self.checkpoints, int(number), part)
             steps = checkpoint.list_steps(self.checkpoints)[-int(number) :]
             return found, f"average of steps {', '.join(map(str, steps))}"
-        if which not in ("best", "latest") and not which.isdigit():
+        if which not in ("best", "latest") and not which.isdecimal():
             raise RunError(f"--checkpoint must be best, latest, a step or average:N, got {which!r}")
-        wanted = int(which) if which.isdigit() else which
+        wanted = int(which) if which.isdecimal() else which
         step = checkpoint.find_step(self.checkpoints, wanted)
         return checkpoint.restore_params(self.checkpoints, step, part), f"step {step}"
 
@@ -175,7 +177,8 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
     """The run directory `folder` for `config`, made if need be.
 
     Settings that do not change what is learnt (cadences, decoding defaults, devices, places of data)
-    may differ from those it was made with; the others may not.  They are written down where there is no
+    may differ from those it was made with; the others only while there is nothing made with them: no
+    vocabulary, for those that it depends on, and no checkpoint.  They are written down where there is no
     checkpoint yet; else `Run.record` does that, once there is an update to be made with them.
 
     Raises:
@@ -185,9 +188,13 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
     """
     folder = paths.as_path(folder)
     paths.check_run(folder)
+    claimed = Run(folder, config)
     if (folder / "config.json").exists():
         old = open_run(folder).config
         fixed = {k: v for k, v in differences(old, config).items() if not free(k, config)}
+        if not claimed.has_checkpoints():
+            bound = OF_VOCABULARY if (folder / MODEL_FILE).exists() else ()
+            fixed = {k: v for k, v in fixed.items() if k.startswith(bound)}
         if fixed:
             lines = "\n".join(
                 f"  {key}: {mine!r} there, {yours!r} asked for" for key, (mine, yours) in fixed.items()
@@ -196,12 +203,11 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
                 f"{folder} belongs to a run with another configuration:\n{lines}\n"
                 "choose another --workdir, or leave --config out to go on with that run"
             )
-    elif Run(folder, config).has_checkpoints():
+    elif claimed.has_checkpoints():
         raise RunError(
             f"{folder} has checkpoints but no config.json, so what they belong to is unknown; "
             "put the config.json back, or choose another --workdir"
         )
-    claimed = Run(folder, config)
     if not claimed.has_checkpoints():
         folder.mkdir(parents=True, exist_ok=True)
         claimed.record()

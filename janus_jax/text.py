@@ -225,7 +225,10 @@ def _check_ids(processor: sentencepiece.SentencePieceProcessor, ids: SpecialIds)
     }
     wrong = [f"model.ids.{n} is {getattr(ids, n)}, in the vocabulary {i}" for n, i in _differing(actual, ids)]
     if wrong:
-        raise VocabularyError("special symbols do not lie at their ids: " + "; ".join(wrong))
+        raise VocabularyError(
+            f"special symbols do not lie at their ids: {'; '.join(wrong)}; pad, bos, eos, unk and mask must "
+            "be the lowest ids, one after the other (mask may be that of unk)"
+        )
 
 
 def _differing(actual: dict[str, int], ids: SpecialIds) -> Iterator[tuple[str, int]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -82,9 +83,18 @@ def train(config: Config, workdir: paths.Name) -> int:
         ):
             code = _Training(opened, devices, checkpoints, stop).run()
     if processes.is_main():
-        plots.plot_training(report.read_metrics(workdir), workdir / "training.png")
-        print(f"training curves: {workdir / 'training.png'}")
+        _draw(workdir)
     return code
+
+
+def _draw(workdir: paths.AnyPath) -> None:
+    """The training curves; what is saved is saved, whether or not they can be drawn."""
+    try:
+        plots.plot_training(report.read_metrics(workdir), workdir / "training.png")
+    except (report.ReportError, OSError) as error:  # stopped before the first row, or a full disk
+        print(f"no training curves: {error}", file=sys.stderr)
+    else:
+        print(f"training curves: {workdir / 'training.png'}")
 
 
 def _open_run(config: Config, workdir: paths.AnyPath, stack: ExitStack) -> run.Run:
@@ -244,6 +254,7 @@ class _Training:
         """Calls the compiled form of `function`, one per name and batch shape; keeps compile time apart."""
         key = (name, *args[-1]["target"].shape)
         if key not in self.compiled:
+            jax.block_until_ready(args)  # the update before would seem to cost no time
             start = time.perf_counter()
             with jax.set_mesh(self.mesh):
                 self.compiled[key] = jax.jit(function, **options).lower(*args).compile()
@@ -290,8 +301,9 @@ class _Training:
             latest = self.checkpoints.latest()
             newest = "there is none yet" if latest is None else f"it is step {latest}"
             raise TrainingError(
-                f"{what}\nsuch updates in a row: {in_a_row}; newest checkpoint: {newest}.  Lower optim.lr, "
-                "set optim.clip_norm, raise train.max_grad_norm, or set train.nonfinite = skip"
+                f"{what}\nsuch updates in a row: {in_a_row}; newest checkpoint: {newest}.  Raise "
+                "train.max_grad_norm or set train.nonfinite = skip and go on; or lower optim.lr or set "
+                f"optim.clip_norm{'' if latest is None else ', in another --workdir'}"
             )
         self.progress.say(f"skipped: {what}")
 

@@ -69,6 +69,8 @@ def read_lines(path: AnyPath | None) -> list[str]:
     """
     if path is not None:
         return split_lines(path.read_bytes(), str(path))
+    if sys.stdin is None:
+        raise InputError("standard input is closed: give it lines, or name a file with --input=FILE")
     if sys.stdin.isatty():
         print("reading lines until end of file (Ctrl-D)", file=sys.stderr)
     return split_lines(sys.stdin.buffer.read(), STDIN)
@@ -76,7 +78,10 @@ def read_lines(path: AnyPath | None) -> list[str]:
 
 def check_output(path: AnyPath | None) -> None:
     """Raises OutputError unless `path` can name a file; `output` finds that out when the model is loaded."""
-    if path is None or paths.is_remote(path):
+    if path is None:
+        _check_stdout()
+        return
+    if paths.is_remote(path):
         return
     folder = _followed(path).parent
     if not folder.is_dir():
@@ -91,32 +96,75 @@ def _followed(path: AnyPath) -> AnyPath:
 
 
 @contextlib.contextmanager
-def output(path: AnyPath | None) -> Iterator[BinaryIO]:
+def output(path: AnyPath | None, *, keep: bool = False) -> Iterator[BinaryIO]:
     """Where results go: standard output for None, else a file that appears under its name when whole.
 
     What is no regular file (a pipe, /dev/null) is written to as it stands; of a link, what it points to.
+
+    Args:
+      path: the file; None is standard output.
+      keep: what was written before an error or an interruption stays, as whole lines in `path`.part, and
+        standard error says so.
+
+    Raises:
+      OutputError: it cannot be written.
     """
-    if path is None:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    if paths.is_remote(path):
-        memory = io.BytesIO()
-        yield memory
-        path.write_bytes(memory.getvalue())
-        return
-    if path.exists() and not path.is_file():
-        with path.open("wb") as file:
-            yield file
-        return
-    path = _followed(path)
+    try:
+        if path is None:
+            _check_stdout()
+            yield sys.stdout.buffer
+            sys.stdout.buffer.flush()
+        elif paths.is_remote(path):
+            memory = io.BytesIO()
+            yield memory
+            path.write_bytes(memory.getvalue())
+        elif path.exists() and not path.is_file():
+            with path.open("wb") as file:
+                yield file
+        else:
+            with _whole(_followed(path), keep=keep) as file:
+                yield file
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        told = "standard output" if path is None else path
+        raise OutputError(
+            f"cannot write {told}: {error.strerror or error}; make room, or write elsewhere"
+        ) from error
+
+
+@contextlib.contextmanager
+def _whole(path: AnyPath, *, keep: bool) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
         os.replace(temporary, path)
+    except BaseException:  # an interruption, too
+        if keep:
+            with contextlib.suppress(OSError):
+                _keep(temporary, path.with_name(f"{path.name}.part"))
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _keep(temporary: AnyPath, part: AnyPath) -> None:
+    """Renames what there is to `part`, cut after the last whole line; if there is one."""
+    lines = whole = 0
+    with temporary.open("rb+") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                lines, whole = lines + 1, whole + len(line)
+        file.truncate(whole)
+    if lines:
+        os.replace(temporary, part)
+        print(f"the first {lines:,} lines of output are kept in {part}", file=sys.stderr)
+
+
+def _check_stdout() -> None:
+    if sys.stdout is None:  # closed by whoever started us
+        raise OutputError("standard output is closed: name a file with --output=FILE")
 
 
 def translate(

@@ -85,7 +85,7 @@ class Translator:
         opened = run.open_run(workdir)
         vocabulary = opened.vocabulary()
         params, name = opened.params(checkpoint)
-        _check_params(params, opened.config.model, opened)
+        check_params(params, opened.config.model, opened)
         return cls(params, opened.config, vocabulary, name=name)
 
     @property
@@ -339,8 +339,11 @@ def _width(decode: str, options: DecodeConfig) -> int:
     return int(getattr(options, WIDTH[decode])) if WIDTH[decode] else 1
 
 
-def _check_params(params: Any, model: ModelConfig, opened: run.Run) -> None:
+def check_params(params: Any, model: ModelConfig, opened: run.Run) -> None:
     """Raises RunError, naming the first array that differs, unless `params` are those of `model`."""
+    asked = model == opened.config.model
+    what = f"{opened.folder / 'config.json'}" if asked else "what is asked for"
+    remedy = "put back the config.json of this run" if asked else "leave out --config and the keys of `model`"
 
     def arrays(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -350,7 +353,6 @@ def _check_params(params: Any, model: ModelConfig, opened: run.Run) -> None:
     for name in dict.fromkeys([*wanted, *saved]):
         if saved.get(name) != wanted.get(name):
             raise run.RunError(
-                f"{opened.folder / 'config.json'} is not the configuration of the checkpoint in "
-                f"{opened.checkpoints}: {name} has shape {saved.get(name)} there, the configuration wants "
-                f"{wanted.get(name)}; put back the config.json of this run"
+                f"{what} is not the configuration of the checkpoint in {opened.checkpoints}: {name} has "
+                f"shape {saved.get(name)} there, the configuration wants {wanted.get(name)}; {remedy}"
             )

@@ -103,6 +103,7 @@ def test_a_measurement_holds_for_the_devices_and_options_it_was_made_with(tiny_r
     assert plain != here(mesh=dataclasses.replace(tiny_run.config.mesh, data=2))
     for options in ({"max_length_a": 1.0}, {"length_penalty": 0.6}, {"tokens": 512}, {"ban_unk": False}):
         assert plain != here(decode=decoding(**options)) == auto._here(tiny_translator, options)
+    assert plain != here(data=dataclasses.replace(tiny_run.config.data, dev_split="test"))
     assert plain == here(decode=decoding(beam=4, iterations=7, candidates=2)), "each way sets its own"
 
 

@@ -25,6 +25,9 @@ CONFIGS = {
     "AR of janus": LossConfig(aux=0.0, nar=0.0, **NO_KL),
     "AR teaches": LossConfig(kl_learners="nar_aux"),
     "AR learns": LossConfig(kl_learners="ar"),
+    "AUX is only tied to": LossConfig(aux=0.0, kl_learners="ar"),
+    "AR is only tied to": LossConfig(ar=0.0, kl_learners="nar_aux"),
+    "AR alone learns": LossConfig(nar=0.0, aux=0.0, kl_learners="ar"),
     "no smoothing": LossConfig(label_smoothing=0.0),
 }
 

@@ -223,6 +223,12 @@ def test_bench_takes_a_run_or_a_configuration(tiny_run, config_file, stand_in):
     assert asked == [(tiny_run.config, tiny_run.folder), (dataclasses.replace(Config(), seed=5), None)]
 
 
+def test_bench_of_a_run_wants_its_model(tiny_run, capsys):
+    told = fails(capsys, 1, "bench", f"--workdir={tiny_run.folder}", "--config.model.ffn=8")
+    assert told.startswith("what is asked for is not the configuration of the checkpoint in ")
+    assert told.endswith("; leave out --config and the keys of `model`")
+
+
 def test_demo(tmp_path, config_file, stand_in):
     stand_in("demo", lambda c, folder: 3 * (c.seed == 5 and folder == tmp_path / "w"))
     assert cli.main(["demo", f"--config={config_file('    c.seed = 5')}", f"--workdir={tmp_path / 'w'}"]) == 3

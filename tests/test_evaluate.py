@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from janus_jax import evaluate, run
+from janus_jax import evaluate, report, run
 from janus_jax.config import DecodeConfig
 from janus_jax.data.lines import DataError
 from janus_jax.evaluate import EvaluationError, name_of
@@ -128,6 +128,30 @@ def test_refinement_pictures(tiny_translator, tmp_path):
     drawn = evaluate.draw_refinements(tiny_translator, ["Ein Hund.", " "], tmp_path / "eval")
     assert drawn == [tmp_path / "eval" / "refinement-1.png"]
     assert drawn[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_place_that_takes_no_files_is_found_before_decoding(
+    tiny_run, tiny_translator, tmp_path, monkeypatch
+):
+    opened = run.open_run(tiny_run.folder)
+    monkeypatch.setattr(evaluate, "decode_together", None)
+    (tmp_path / "file").write_text("")
+    for folder, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "x", "Not a directory")):
+        with pytest.raises(EvaluationError, match=rf"{folder} cannot be written to: {why}; .*--output_dir"):
+            evaluate.evaluate(opened, tiny_translator, "test", folder=folder)
+
+
+def test_scores_that_a_full_disk_cannot_keep_are_told(tiny_run, tiny_translator, tmp_path, monkeypatch):
+    def full(path, value):
+        raise report.ReportError(f"{path}: No space left on device")
+
+    monkeypatch.setattr(report, "write_json", full)
+    with pytest.raises(
+        EvaluationError, match=r"test ar-b5-first2 has BLEU [\d.]+, chrF [\d.]+, but is not kept: "
+    ):
+        evaluate.evaluate(
+            run.open_run(tiny_run.folder), tiny_translator, "test", "ar", limit=2, folder=tmp_path, beam=5
+        )
 
 
 def test_what_cannot_be_evaluated(tiny_run, tiny_translator, tmp_path, monkeypatch):

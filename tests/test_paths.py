@@ -227,11 +227,11 @@ def test_a_remote_folder_is_claimed_and_opened_like_any_other(folder, tmp_path):
     assert run.open_run(str(folder)).config == opened.config == Config(seed=3)
     assert json.loads((folder / "versions.json").read_text())["jax"]
     assert opened.data_folder.is_relative_to(tmp_path)
+    (folder / "checkpoints" / "3" / "state").write_bytes(b"")
     with pytest.raises(run.RunError, match=f"{folder} belongs to a run with another configuration:"):
         run.claim(folder, Config(seed=3, model=ModelConfig(dim=64)))
     with pytest.raises(run.RunError, match=f"{folder}-2 is not a run directory: .* --workdir={folder}-2"):
         run.open_run(f"{folder}-2")
-    (folder / "checkpoints" / "3" / "state").write_bytes(b"")
     (folder / "config.json").unlink()
     with pytest.raises(run.RunError, match=r"has checkpoints but no config.json"):
         run.claim(folder, Config(seed=3))

@@ -37,8 +37,27 @@ def test_what_does_not_change_what_is_learnt_may_change(tmp_path):
     assert run.open_run(tmp_path).config == changed
 
 
+def checkpointed(folder):
+    (folder / "checkpoints" / "1").mkdir(parents=True)
+
+
+def test_what_nothing_was_made_with_may_change(tmp_path):
+    run.claim(tmp_path, Config(model=ModelConfig(vocab_size=90_000)))
+    run.claim(tmp_path, Config(seed=1))
+    (tmp_path / "vocab.model").write_bytes(b"")
+    run.claim(tmp_path, Config(seed=2, optim=OptimConfig(lr=1.0)))
+    for other in (
+        Config(model=ModelConfig(vocab_size=90_000)),
+        Config(data=dataclasses.replace(Config().data, source="en", target="de")),
+    ):
+        with pytest.raises(RunError, match="belongs to a run with another configuration"):
+            run.claim(tmp_path, other)
+    assert run.open_run(tmp_path).config == Config(seed=2, optim=OptimConfig(lr=1.0))
+
+
 def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
     run.claim(tmp_path, Config())
+    checkpointed(tmp_path)
     with pytest.raises(RunError) as caught:
         run.claim(tmp_path, Config(seed=1, model=ModelConfig(dim=64)))
     assert str(caught.value).splitlines() == [
@@ -52,6 +71,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
 
 def test_the_end_of_a_polynomial_schedule_is_fixed(tmp_path):
     run.claim(tmp_path, Config(optim=OptimConfig(schedule="polynomial")))
+    checkpointed(tmp_path)
     with pytest.raises(RunError, match=r"train.steps: 20000 there, 5 asked for"):
         run.claim(tmp_path, Config(optim=OptimConfig(schedule="polynomial"), train=TrainConfig(steps=5)))
 
@@ -59,6 +79,7 @@ def test_the_end_of_a_polynomial_schedule_is_fixed(tmp_path):
 def test_the_end_of_a_run_whose_ties_rise_is_fixed(tmp_path):
     rising = Config(loss=LossConfig(kl_warmup=0.5))
     run.claim(tmp_path, rising)
+    checkpointed(tmp_path)
     with pytest.raises(RunError, match=r"train.steps: 20000 there, 5 asked for"):
         run.claim(tmp_path, dataclasses.replace(rising, train=TrainConfig(steps=5)))
 

@@ -1,9 +1,11 @@
 """launch/tables/run.py: what it makes of a command line, what it skips, how it cuts dev, how it stops."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +42,8 @@ def parsed(driver, tmp_path, *words):
         (("multi30k",), "--scale"),
         (("multi30k", "--scale=huge"), "invalid choice: 'huge'"),
         (("multi30k", "--scale=cpu", "--rows=janu"), "did you mean janus?"),
+        (("multi30k", "--scale=cpu", "--rows=ar,"), "unknown row ''"),
+        (("multi30k", "--scale=cpu", "--seeds=2", "--config.seed=1"), "--seeds=2 has that seed already"),
         (("multi30k", "--scale=cpu", "--direction=enfr"), "--direction must be ende, deen or both"),
         (("multi30k", "--scale=cpu", "--seeds=0"), "must be a number from 1 up"),
         (("multi30k", "--scale=cpu", "--bench=maybe"), "--bench must be yes or no"),
@@ -206,6 +210,21 @@ def test_gpus_are_for_a_jax_that_has_cuda(driver, tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(driver, "_jax_has_cuda", lambda: cuda)
     assert driver.devices() == (["0", "1"] if cuda else [])
     assert ("jax has no CUDA" in capsys.readouterr().err) != cuda
+
+
+def test_a_place_that_cannot_be_written(driver, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert driver.main(["multi30k", "--scale=cpu", f"--out={tmp_path / 'file' / 'out'}"]) == 2
+    assert re.search(r"--out=.*: Not a directory; name a folder", capsys.readouterr().err)
+
+
+def test_a_row_that_cannot_be_started_has_failed_and_hides_no_other(driver, tmp_path, capsys):
+    args = parsed(driver, tmp_path, "multi30k", "--scale=cpu", "--rows=ar,janus")
+    jobs = [dataclasses.replace(job, train=["--help"], evaluate={}) for job in driver.plan(args)]
+    jobs[0].folder.with_name("ar.log").mkdir(parents=True)
+    codes = driver.run_jobs(jobs, [""], driver._Stop())
+    assert {pathlib.Path(k).name: v for k, v in codes.items()} == {"ar": 1, "janus": 0}
+    assert "ar: could not be started: " in capsys.readouterr().err
 
 
 def test_a_row_that_fails_hides_no_other_and_gpus_are_shared(driver, tmp_path, monkeypatch, capsys):

@@ -152,6 +152,16 @@ def test_sigterm_saves_and_the_next_start_goes_on_bit_for_bit(finished, data, tm
     assert rows(tmp_path) == rows(finished)
 
 
+def test_stopped_before_there_is_anything_to_draw(data, tmp_path, monkeypatch, capsys):
+    def stop_at_once(self, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = tiny(data__dir=str(data), train__log_every=1000, train__eval_every=1000)
+    monkeypatch.setattr(train._Training, "_read", stop_at_once)
+    assert train.train(config, tmp_path) == train.STOPPED
+    assert "no training curves: nothing to draw in" in capsys.readouterr().err
+
+
 def test_kill_9_and_the_next_start_goes_on_bit_for_bit(finished, data, tmp_path):
     config = tiny(data__dir=str(data))
     (tmp_path / "wanted.json").write_text(json.dumps(config.to_dict()))

@@ -1,6 +1,8 @@
 import io
 import pathlib
 import re
+import sys
+import types
 
 import pytest
 
@@ -109,6 +111,44 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         file.write(b"whole")
     assert path.read_text() == "whole"
     assert [p.name for p in tmp_path.iterdir()] == ["out.txt"]
+
+
+def written(path, data, error=None, **options):
+    with translate.output(path, **options) as file:
+        file.write(data)
+        if error:
+            raise error
+
+
+def test_what_was_written_before_an_error_is_kept_if_asked_for(tmp_path, capsys):
+    path = tmp_path / "out.txt"
+    with pytest.raises(KeyboardInterrupt):
+        written(path, b"no line", KeyboardInterrupt(), keep=True)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        written(path, b"one\ntwo\nhalf of th", KeyboardInterrupt(), keep=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.txt.part"]
+    assert (tmp_path / "out.txt.part").read_text() == "one\ntwo\n"
+    assert f"the first 2 lines of output are kept in {path}.part" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named(monkeypatch):
+    full = pathlib.Path("/dev/full")
+    with pytest.raises(OutputError, match=r"cannot write /dev/full: No space left on device; make room, or"):
+        written(full, b"x")
+    stdout = types.SimpleNamespace(buffer=full.open("wb", buffering=0))
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with stdout.buffer, pytest.raises(OutputError, match=r"cannot write standard output: No space left"):
+        written(None, b"x")
+
+
+def test_streams_closed_by_whoever_started_it(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match=r"standard input is closed: .* --input=FILE"):
+        translate.read_lines(None)
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OutputError, match=r"standard output is closed: .* --output=FILE"):
+        translate.check_output(None)
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path):

@@ -103,6 +103,23 @@ def test_compiled_once_per_shape(tiny_run):
     assert fresh.decode(LINES, "ar")[1].compile_seconds == 0
 
 
+def test_no_batch_is_decoded_on_the_time_of_compiling(tiny_run, monkeypatch):
+    told = []
+
+    def noting(name, function):
+        def call(*args, **options):
+            told.append(name)
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(jax, "block_until_ready", noting("wait", jax.block_until_ready))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", noting("compile", jax.stages.Lowered.compile))
+    Translator.from_run(tiny_run.folder).decode([*LINES, LONG], "nar")
+    assert told.count("compile") >= 2
+    assert told == ["wait", "compile"] * told.count("compile")
+
+
 def test_the_package_offers_it_without_importing_jax():
     code = "import sys, janus_jax; assert 'jax' not in sys.modules; print(janus_jax.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

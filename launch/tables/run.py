@@ -34,6 +34,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -132,6 +133,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         raise Misused(f"--bench must be yes or no, got {args.bench!r}")
     args.bench = args.bench == "yes" or (not args.bench and not smoke)
     args.seeds = args.seeds or 1
+    if settings.get("seed", "0") in map(
+        str, range(1, args.seeds)
+    ):  # the first run's; the others count from 1
+        raise Misused(f"--config.seed={settings['seed']}: --seeds={args.seeds} has that seed already")
     args.jobs = args.jobs or known.scales[args.scale].jobs
     args.rows = _rows(args.rows, SMOKE_ROWS if smoke else tuple(ROWS))
     if args.direction not in ("", "both", *known.directions):
@@ -155,8 +160,9 @@ def _count(text: str) -> int:
 
 
 def _rows(text: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    if not text:
+        return default
     groups = {
-        "": default,
         "all": tuple(ROWS),
         "base": tuple(r for r in ROWS if ROWS[r].base),
         "ablations": tuple(r for r in ROWS if not ROWS[r].base),
@@ -165,7 +171,7 @@ def _rows(text: str, default: tuple[str, ...]) -> tuple[str, ...]:
     for word in text.split(","):
         if word not in groups and word not in ROWS:
             near = difflib.get_close_matches(word, [*ROWS, *groups], n=1)
-            hint = f"; did you mean {near[0]}?" if near and near[0] else ""
+            hint = f"; did you mean {near[0]}?" if near else ""
             raise Misused(f"--rows: unknown row {word!r}{hint}; there are {', '.join(ROWS)}")
         chosen += groups.get(word, (word,))
     return tuple(r for r in ROWS if r in chosen)  # in the order of the table
@@ -524,7 +530,11 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[str], stop: _Stop) -> dict[str
                 if not waiting:
                     return
                 job = waiting.pop(0)
-            code = _run_apart(job.commands, job.folder, device, len(slots) > 1, stop)
+            try:
+                code = _run_apart(job.commands, job.folder, device, len(slots) > 1, stop)
+            except OSError as error:  # in a thread it would be seen by nobody, and end the thread
+                print(f"{job.folder}: could not be started: {error}", file=sys.stderr)
+                code = FAILED
             if code not in (0, STOPPED):
                 print(f"{job.folder}: failed (exit code {code}); see {_log(job.folder)}", file=sys.stderr)
             codes[str(job.folder)] = code
@@ -614,6 +624,7 @@ def main(words: Sequence[str]) -> int:
         jobs = _plan(args)
         if args.dry_run:
             return dry_run(args, jobs)
+        _make(args.out)
         if SETS[args.set].cut and args.scale != "smoke":
             languages = sorted((args.directions[0][:2], args.directions[0][2:]))
             cut_dev(pathlib.Path(args.raw_dir), args.out / "raw", (languages[0], languages[1]))
@@ -624,6 +635,15 @@ def main(words: Sequence[str]) -> int:
         return perform(args, jobs, start)
     except KeyboardInterrupt:
         return STOPPED
+
+
+def _make(out: pathlib.Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise Misused(f"--out={out}: {error.strerror}; name a folder that can be written") from error
 
 
 def _plan(args: argparse.Namespace) -> list[Job]:
