@@ -214,8 +214,9 @@ def _check_folder(folder: AnyPath) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
+        why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
         raise EvaluationError(
-            f"{folder} cannot be written to: {error.strerror}; name another folder with --output_dir=DIR"
+            f"{folder} cannot be written to: {why}; name another folder with --output_dir=DIR"
         ) from error
 
 

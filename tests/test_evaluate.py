@@ -136,7 +136,7 @@ def test_a_place_that_takes_no_files_is_found_before_decoding(
     opened = run.open_run(tiny_run.folder)
     monkeypatch.setattr(evaluate, "decode_together", None)
     (tmp_path / "file").write_text("")
-    for folder, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "x", "Not a directory")):
+    for folder, why in ((tmp_path / "file", "it is no folder"), (tmp_path / "file" / "x", "Not a directory")):
         with pytest.raises(EvaluationError, match=rf"{folder} cannot be written to: {why}; .*--output_dir"):
             evaluate.evaluate(opened, tiny_translator, "test", folder=folder)
 

@@ -35,6 +35,14 @@ ROWS: dict[str, Row] = {
     "no_kl_nar_aux": Row("w_na = 0", {"loss.kl_nar_aux": 0.0}),
     "no_kl_ar_nar": Row("w_an = 0: the paper's picture", {"loss.kl_ar_nar": 0.0}),
     "kl_ar_aux_1": Row("w_aa = 1", {"loss.kl_ar_aux": 1.0}),
+    "ties_30": Row(
+        "KL weights at 30 % of the released ones",
+        {"loss.kl_ar_aux": 0.9, "loss.kl_nar_aux": 0.3, "loss.kl_ar_nar": 0.3},
+    ),
+    "ties_10": Row(
+        "KL weights at 10 % of the released ones",
+        {"loss.kl_ar_aux": 0.3, "loss.kl_nar_aux": 0.1, "loss.kl_ar_nar": 0.1},
+    ),
     "kl_warmup": Row("KL weights rising from 0 over the first half", {"loss.kl_warmup": 0.5}),
     "ar_teaches": Row("KL teaches NAR and AUX alone", {"loss.kl_learners": "nar_aux"}),
     "ar_learns": Row("KL teaches AR alone", {"loss.kl_learners": "ar"}),
