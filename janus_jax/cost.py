@@ -49,9 +49,10 @@ def train_step(config: Config, rows: int, length: int, walks: int = 1) -> Flops:
     total = 3 * (layers + projections(config, rows, length)) + lengths
     empty = 0.0
     if config.loss.chunk:
+        chunk = min(config.loss.chunk, math.ceil(rows / walks * length))
         for walk in loss_walks(config, length).values():
             slots = rows / walks * walk.per_row
-            empty += walk.streams * (math.ceil(slots / config.loss.chunk) * config.loss.chunk - slots)
+            empty += walk.streams * (math.ceil(slots / chunk) * chunk - slots)
     wasted = 3 * empty * walks * 2 * c.dim * c.vocab_size
     return Flops(total, total + wasted + (layers if c.remat and c.remat_keep == "nothing" else 0.0))
 

@@ -118,6 +118,8 @@ def test_the_chunked_loss_projects_what_it_reads():
         "loss_unmasked": math.ceil(4 * (11 - share * 12) / 8),
     }
     assert cost.loop_counts(plain, 4, 12) == {}
+    whole, beyond = (cost.train_step(configuration(chunk=n), 4, 12) for n in (4 * 12, 1000))
+    assert beyond == whole  # no chunk is larger than the slots that there are
 
 
 @pytest.mark.parametrize(
