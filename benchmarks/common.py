@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -160,6 +161,21 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     lines = [columns, ["---"] * len(columns), *([cell(v) for v in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def folder(path: Path) -> Path:
+    """`path`, made and found to take files before anything is measured.
+
+    Raises:
+      BenchmarkError: it cannot be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise BenchmarkError(f"--output_dir={path} cannot be written to: {error.strerror}") from error
+    return path
 
 
 def publish(

@@ -119,6 +119,7 @@ def curve(
     count = min(limit or len(pairs), len(pairs))
     if not count:
         raise common.BenchmarkError(f"split {split!r} in {opened.data_folder} has no examples")
+    common.folder(output)
     sources = [source for source, _ in itertools.islice(pairs, count)]
     references = [pairs.references(i) for i in range(count)]
     translator = load(workdir, checkpoint, dtype)

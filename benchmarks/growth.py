@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for axis, sizes in axes.items():
             if len(sizes) < 2 or any(a >= b for a, b in itertools.pairwise(sizes)):
                 raise common.BenchmarkError(f"--{axis}: give at least two sizes, rising, got {sizes}")
-        growth(args.output_dir, model, axes=axes, rounds=args.rounds)
+        growth(common.folder(args.output_dir), model, axes=axes, rounds=args.rounds)
         return 0
 
     return common.guarded(parser.prog, work)

@@ -416,7 +416,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # -P: this folder's names hide none of the libraries' (theirs import `profile`, for one).
         server = [args.python, "-P", str(Path(__file__).with_name("peer_engines.py"))]
         shape = Shape(args.source, args.length, args.batches)
-        compare(args.output_dir, server, size=SIZES[args.size], shape=shape, rounds=args.rounds, dtype=dtype)
+        output = common.folder(args.output_dir)
+        compare(output, server, size=SIZES[args.size], shape=shape, rounds=args.rounds, dtype=dtype)
         return 0
 
     return common.guarded(parser.prog, work)

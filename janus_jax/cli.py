@@ -22,6 +22,7 @@ import difflib
 import functools
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -272,7 +273,7 @@ def _export(args: argparse.Namespace, _: Overrides) -> int:
         f"written: {args.output}: {mode} of {manifest['checkpoint']} for {', '.join(manifest['platforms'])}, "
         f"{len(manifest['files'])} files, {size / 1e6:.1f} MB"
     )
-    print(f"try: python {args.output / 'load.py'} < source.txt > target.txt")
+    print(f"try: python {shlex.quote(str(args.output / 'load.py'))} < source.txt > target.txt")
     return 0
 
 

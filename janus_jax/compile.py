@@ -522,7 +522,7 @@ def _lines(kinds: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Callable[[di
     yield "time if all overlapped (p)", seconds("predicted", "seconds_if_overlapped")
     for part, mark in (("predicted", " (p)"), ("measured", ", MEASURED")):
         yield f"time{mark}", seconds(part, "seconds")
-        yield f"target tokens/s, all chips{mark}", _rate(part, "tokens_per_s", "{:,.0f}")
+        yield f"target tokens/s, of the chips that run it{mark}", _rate(part, "tokens_per_s", "{:,.0f}")
         yield f"utilisation of peak{mark}", _rate(part, "utilisation", "{:.1%}")
     yield "compile time", lambda p: f"{p['compile_seconds']:.1f} s"
 

@@ -12,6 +12,7 @@ Room: shell.  Writes into the run directory, prints to the terminal.
 from __future__ import annotations
 
 import itertools
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ from typing import Any
 from rich.console import Console
 
 from janus_jax import paths, plots, report, run
-from janus_jax.config import Config
+from janus_jax.config import Config, ConfigError
 from janus_jax.evaluate import Evaluation, evaluate
 from janus_jax.score import is_exact
 from janus_jax.train import DONE, train
-from janus_jax.translator import Translator
+from janus_jax.translator import MODES, Translator, modes_of
 
 PASSES = (1, 4, 10)  # NAR: decoder passes compared
 SENTENCES = 5  # shown in full
@@ -68,6 +69,11 @@ def demo(config: Config, workdir: paths.Name, console: Console | None = None) ->
         "right (AR) and all slots at once (NAR).  Three to six minutes on two CPU cores.",
         highlight=False,
     )
+    if set(modes_of(config.loss)) != set(MODES):
+        raise ConfigError(
+            f"the demo decodes both ways, so loss.objective must be janus with AR and NAR taught, got "
+            f"{config.loss.objective}; train and evaluate take any other"
+        )
     if (code := train(config, workdir)) != DONE:
         return code
     opened, translator = run.open_run(workdir), Translator.from_run(workdir)
@@ -178,6 +184,7 @@ def print_sentences(sentences: Sequence[dict[str, Any]], console: Console) -> No
 
 def epilogue(workdir: paths.AnyPath, seconds: float) -> str:
     """Where everything lies, and what to try next."""
+    run = shlex.quote(str(workdir))
     return f"""\
 Done in {report.clock_time(seconds)}.
 
@@ -187,6 +194,6 @@ Done in {report.clock_time(seconds)}.
 
 Next:
 
-  echo "am Montag um halb sieben abends" | janus-jax translate --workdir={workdir} --decode=nar --iterations=4
-  janus-jax evaluate --workdir={workdir} --decode=nar --iterations=2 --rescore=true --refine=3
+  echo "am Montag um halb sieben abends" | janus-jax translate --workdir={run} --decode=nar --iterations=4
+  janus-jax evaluate --workdir={run} --decode=nar --iterations=2 --rescore=true --refine=3
   janus-jax train --help"""

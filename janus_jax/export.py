@@ -283,7 +283,12 @@ def _destination(output: AnyPath) -> Path:
     """
     if paths.is_remote(output):
         raise ExportError(f"--output={output}: export to a folder of this machine, and copy that")
-    root = Path(output).expanduser().resolve()
+    try:
+        root = Path(output).expanduser().resolve()
+    except RuntimeError as error:  # ~nobody
+        raise ExportError(f"--output={output}: {error}") from error
+    if root == Path.cwd() or root in Path.cwd().parents:
+        raise ExportError(f"--output={output} is the current folder, or has it inside; name another one")
     _put_back(root)
     if not root.exists():
         return root
@@ -293,7 +298,7 @@ def _destination(output: AnyPath) -> Path:
         raise ExportError(
             f"--output={output} is a mount point, which cannot be replaced; name a folder inside it"
         )
-    found = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
+    found = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_symlink() or not p.is_dir()}
     if not found:
         return root
     try:

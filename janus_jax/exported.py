@@ -275,6 +275,18 @@ class Exported:
         return self._processor
 
 
+KEYS: dict[str, type] = {
+    "platforms": list,
+    "calling_convention": int,
+    "ids": dict,
+    "vocab_size": int,
+    "versions": dict,
+    "params": list,
+    "programs": list,
+    "files": dict,
+}
+
+
 def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of the export in `root`.
 
@@ -297,6 +309,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
             f"{path} has format {manifest.get('format')}, this loader runs format {FORMAT}; use the {LOADER} "
             "that lies in that folder, or export again"
         )
+    missing = [key for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)]
+    if missing:
+        raise ExportedError(f"{path} is damaged ({missing[0]!r} is not what it was); copy or export it again")
     return manifest
 
 
@@ -410,6 +425,8 @@ def main(argv: Sequence[str] | None = None, folder: Path | None = None) -> int:
     )
     parser.add_argument("--batch_size", type=int, metavar="N", help="most sentences decoded together")
     args = parser.parse_args(argv)
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error(f"--batch_size must be at least 1, got {args.batch_size}")
     try:
         exported = Exported.load(folder)
         if sys.stdin is None or sys.stdout is None:

@@ -131,7 +131,10 @@ def _draw_panel(
         look: dict[str, Any] = {"color": COLOURS[runs.index(run) % len(COLOURS)]}
         look |= {"linestyle": "--" if label == "NAR" else "-"}
         if kind == "train":
-            axes.plot(steps, values, linewidth=0.9, alpha=0.45, **look)
+            alone: dict[str, Any] = (
+                {"marker": ".", "markersize": 4} if sum(map(math.isfinite, values)) == 1 else {}
+            )
+            axes.plot(steps, values, linewidth=0.9, alpha=0.45, **look, **alone)
         else:
             axes.plot(steps, values, linewidth=1.5, marker="o", markersize=2.6, markeredgewidth=0, **look)
         if label and label not in labelled:
@@ -179,7 +182,9 @@ def _run_legend(figure: Figure, runs: Sequence[str]) -> None:
         Line2D([], [], color=one, linewidth=0.9, alpha=0.6, label="train"),
         Line2D([], [], color=one, linewidth=1.5, marker="o", markersize=2.6, label="dev"),
     ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=9)
+    widest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, int(figure.get_figwidth() / (0.6 + 0.075 * widest)))  # inches of a name at this size
+    figure.legend(handles=handles, loc="outside upper right", ncols=min(len(handles), columns), fontsize=9)
 
 
 def plot_refinement(

@@ -301,8 +301,11 @@ def _rows(path: AnyPath) -> list[Row]:
             row = json.loads(line)
             if row["kind"] not in KINDS or not isinstance(row["step"], int):
                 raise ValueError("not a row of metrics")
+            for part in ("metrics", "timing"):
+                if any(isinstance(value, (list, dict)) for value in row[part].values()):
+                    raise ValueError(f"{part} that are none")
             rows.append(row)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             if number == len(lines) and not tail:
                 break
             raise ReportError(
@@ -345,7 +348,7 @@ def _clear_errors(path: AnyPath) -> Iterator[None]:
     except OSError as error:
         raise ReportError(
             f"cannot write {path}: {error.strerror or error}; free space or make the folder writable, "
-            "then start again: a run resumes by itself"
+            "then start again"
         ) from error
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -279,7 +280,7 @@ def _pictures(
     name: str, judged: Judged, measured: Speeds, every: Sequence[Trained], output: AnyPath
 ) -> dict[str, str]:
     """Draws what there is data for; the file names and captions of what was drawn."""
-    prefix = name.replace("/", "-") + "-" if name else ""
+    prefix = name.replace("-", "--").replace("/", "-") + "-" if name else ""  # no two sections share one
     drawn: dict[str, str] = {}
 
     def place(file: str, caption: str) -> AnyPath:
@@ -348,7 +349,7 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
     for section in sections:
         parts += [f"## {section.name}\n"] if section.name else []
         parts += [section.head + "\n", *(table.markdown() for table in section.tables)]
-        parts += [f"![{caption}]({file})\n" for file, caption in section.pictures.items()]
+        parts += [f"![{caption}]({urllib.parse.quote(file)})\n" for file, caption in section.pictures.items()]
     return "\n".join(parts)
 
 

@@ -392,6 +392,14 @@ def result_fault(result: Any) -> str:
             value = value.get(part) if isinstance(value, Mapping) else None
         if not isinstance(value, kind):
             return f"not the result of an evaluation: {key} is {value!r}"
+    for bucket in result["scores"]["by_length"]:
+        if not (
+            isinstance(bucket, Mapping)
+            and isinstance(bucket.get("tokens"), str)
+            and isinstance(bucket.get("sentences"), int)
+            and isinstance(bucket.get("bleu"), (int, float))
+        ):
+            return f"not the result of an evaluation: scores.by_length has {bucket!r}"
     return ""
 
 

@@ -61,7 +61,7 @@ command_of() { # command_of I PORT: sets `words`
 if $dry_run; then
   for ((i = 0; i < count; i++)); do
     command_of "$i" PORT "$@"
-    echo "$(quoted "${words[@]}") >> ${logs:-DIR}/$i.log 2>&1 &"
+    echo "$(quoted "${words[@]}") >> $(quoted "${logs:-DIR}/$i.log") 2>&1 &"
   done
   exit 0
 fi

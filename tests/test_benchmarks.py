@@ -87,6 +87,13 @@ def test_a_curve_is_written_before_memory_is_measured(tiny_run, tmp_path, monkey
     assert stored["systems"]["AR, greedy"]["scores"]["sentences"] == 7
 
 
+def test_a_place_that_takes_no_files_is_found_before_anything_is_measured(tiny_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert curve.main([f"--workdir={tiny_run.folder}", f"--output_dir={tmp_path / 'file'}"]) == 1
+    assert "--output_dir=" in (told := capsys.readouterr().err)
+    assert "cannot be written to" in told
+
+
 def test_a_run_that_is_none_is_one_line(tmp_path, capsys):
     assert curve.main([f"--workdir={tmp_path}"]) == 1
     (line,) = capsys.readouterr().err.splitlines()

@@ -139,8 +139,29 @@ def test_a_weight_that_is_missing_left_over_or_misshapen_is_named(save, change, 
     assert str(path) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.nan, "holds values that are no finite numbers"), (1, "is of type int64, not floating-point")],
+)
+def test_a_weight_that_holds_no_numbers_of_use_is_named(save, value, message):
+    path = save(fairseq_state() | {"encoder.layers.0.fc1.bias": np.full(F, value)})
+    with pytest.raises(ConvertError, match=rf"encoder.layers.0.fc1.bias {message}"):
+        load_fairseq(path, heads=2)
+
+
+def test_a_file_that_is_not_whole_is_named(save, tmp_path):
+    path = save(fairseq_state())
+    for name, data in (("cut", path.read_bytes()[:-100]), ("empty", b""), ("text", b"no weights\n")):
+        broken = tmp_path / f"{name}.npz"
+        broken.write_bytes(data)
+        with pytest.raises(ConvertError, match=rf"{broken} is not a whole .npz of arrays"):
+            load_fairseq(broken, heads=2)
+
+
 def test_heads_must_be_told_and_must_divide(save):
     path = save(fairseq_state())
+    with pytest.raises(ConvertError, match=r"heads must be a whole number, got 2.5"):
+        load_fairseq(path, heads=2.5)
     with pytest.raises(ConvertError, match="number of heads; pass heads="):
         load_fairseq(path)
     with pytest.raises(ConvertError, match=r"3 heads do not divide the width 4"):
@@ -156,6 +177,9 @@ def test_an_activation_that_the_model_does_not_have_is_named(save):
 
 def test_a_pt_file_without_torch_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # import raises ImportError
+    with pytest.raises(ConvertError, match=r"checkpoint_best.pt: no such file"):
+        load_fairseq(tmp_path / "checkpoint_best.pt")
+    (tmp_path / "checkpoint_best.pt").write_bytes(b"")
     with pytest.raises(ConvertError, match=r"checkpoint_best.pt: .* pip install 'janus-jax\[torch\]'"):
         load_fairseq(tmp_path / "checkpoint_best.pt")
 
@@ -170,6 +194,7 @@ def test_a_pt_file_tells_what_an_npz_cannot(tmp_path, monkeypatch, layout):
     arguments = {"args": SimpleNamespace(**values)} if layout == "args" else {"cfg": {"model": values}}
     fake = SimpleNamespace(load=lambda path, **_: {"model": tensors, **arguments})
     monkeypatch.setitem(sys.modules, "torch", fake)
+    (tmp_path / "model.pt").write_bytes(b"")
     config, params = load_fairseq(tmp_path / "model.pt")
     assert (config.heads, config.activation, config.scale_embeddings) == (2, "gelu", False)
     assert_loadable(config, params)

@@ -1,5 +1,6 @@
 """The demo as a user meets it, on an untrained model: training itself is tested in test_train."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -8,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from janus_jax import cli, demo
+from janus_jax.config import ConfigError
 from janus_jax.data import phrases
 from janus_jax.demo import Refinement
 from janus_jax.evaluate import Evaluation
@@ -52,6 +54,12 @@ def test_a_trained_run_is_decoded_shown_and_drawn(tiny_copy, shown, monkeypatch)
         assert one["source"] in text
     assert found["refinement"]["output"] in text
     assert f"--workdir={tiny_copy.folder}" in text
+
+
+def test_a_model_that_does_not_decode_both_ways_is_refused_before_training(tiny_run, shown, tmp_path):
+    loss = dataclasses.replace(tiny_run.config.loss, objective="ar")
+    with pytest.raises(ConfigError, match=r"loss.objective must be janus"):
+        demo.demo(dataclasses.replace(tiny_run.config, loss=loss), tmp_path, shown)
 
 
 def test_stopped_training_ends_the_demo(tiny_run, shown, monkeypatch, tmp_path):

@@ -278,6 +278,16 @@ def test_half_a_manifest(copy):
         Exported.load(copy)
 
 
+@pytest.mark.parametrize("key", exported.KEYS)
+def test_a_manifest_without_a_key(copy, key):
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest[key]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ExportedError, match=rf"manifest.json is damaged \('{key}' is not what it was\)"):
+        Exported.load(copy)
+
+
 @pytest.mark.parametrize("package", ["sentencepiece", "flatbuffers"])
 def test_a_package_that_is_missing(ar, package, monkeypatch):
     hidden = [name for name in sys.modules if name.partition(".")[0] == package]
@@ -316,7 +326,7 @@ def test_the_same_run_gives_the_same_bytes(long_run, ar, tmp_path):
             assert path.read_bytes() == (again / path.relative_to(ar)).read_bytes(), path
 
 
-def test_an_export_is_replaced_and_nothing_else_is(long_run, copy, tmp_path):
+def test_an_export_is_replaced_and_nothing_else_is(long_run, copy, tmp_path, monkeypatch):
     def again(folder):
         return export.export(long_run, folder, "ar", platforms=["cpu"], checkpoint="2", beam=1)
 
@@ -337,6 +347,16 @@ def test_an_export_is_replaced_and_nothing_else_is(long_run, copy, tmp_path):
     (tmp_path / "empty").mkdir()
     again(tmp_path / "empty")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "empty"]
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(ExportError, match=r"is not empty, and holds no export"):
+        again(tmp_path / "links")
+    monkeypatch.chdir(tmp_path / "empty")
+    for here in (".", ".."):
+        with pytest.raises(ExportError, match=r"is the current folder, or has it inside"):
+            again(here)
+    with pytest.raises(ExportError, match=r"--output=~nobodyx/x: "):
+        again("~nobodyx/x")
     assert (copy / "notes.txt").read_text() == "mine"
 
 

@@ -122,6 +122,13 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     file.write_text("\n".join([lines[0], "garbage", *lines[1:]]) + "\n")
     with pytest.raises(ReportError, match=r"metrics\.jsonl:2: damaged row"):
         read_metrics(tmp_path)
+    for damaged in (
+        '{"step": 1, "kind": "train"}',
+        '{"step": 1, "kind": "train", "metrics": {"a": []}, "timing": {}}',
+    ):
+        file.write_text("\n".join([lines[0], damaged, *lines[1:]]) + "\n")
+        with pytest.raises(ReportError, match=r"metrics\.jsonl:2: damaged row"):
+            read_metrics(tmp_path)
     with pytest.raises(ReportError, match="no metrics here"):
         read_metrics(tmp_path / "nowhere")
 

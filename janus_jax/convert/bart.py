@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from janus_jax.config import ModelConfig, SpecialIds
@@ -38,7 +39,10 @@ def load_bart(
     Raises:
       ConvertError: another kind of model, or a weight missing, left over or of the wrong shape.
     """
-    theirs = _Settings(json.loads(Path(config).read_text(encoding="utf-8")), str(config))
+    try:
+        theirs = _Settings(json.loads(Path(config).read_text(encoding="utf-8")), str(config))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConvertError(f"{config} cannot be read: {error}") from error
     if theirs.get("model_type") != "bart":
         raise ConvertError(f"{config}: model_type is {theirs.get('model_type')!r}, expected 'bart'")
     if theirs["encoder_attention_heads"] != theirs["decoder_attention_heads"]:
@@ -72,7 +76,10 @@ def load_bart(
         ),
     )
     checked(ours, str(config))
-    reader = Reader(load_file(weights), str(weights))
+    try:
+        reader = Reader(load_file(weights), str(weights))
+    except (OSError, SafetensorError) as error:
+        raise ConvertError(f"{weights} cannot be read: {error}") from error
     params = {
         "target_table": reader.take("model.shared.weight", (size, ours.dim)),
         "output_bias": reader.take("final_logits_bias", (1, size))[0],

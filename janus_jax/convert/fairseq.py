@@ -10,6 +10,7 @@ Room: [disk], convert.
 from __future__ import annotations
 
 import functools
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def load_fairseq(
         model that ours is not, or torch is not installed.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ConvertError(f"{path}: no such file")
     state, arguments = _read_npz(path) if path.suffix == ".npz" else _read_pt(path)
     heads = heads if heads is not None else arguments.get("heads")
     if heads is None:
@@ -59,7 +62,7 @@ def load_fairseq(
         vocab_size=tokens.shape[0],
         dim=tokens.shape[1],
         ffn=reader.take("encoder.layers.0.fc1.bias").shape[0],
-        heads=int(heads),
+        heads=_whole(heads, path),
         encoder_layers=reader.depth("encoder.layers."),
         decoder_layers=reader.depth("decoder.layers."),
         max_positions=reader.take("decoder.embed_positions.weight").shape[0] - UNUSED_POSITIONS,
@@ -89,13 +92,26 @@ def load_fairseq(
     return config, params
 
 
+def _whole(heads: Any, path: Path) -> int:
+    if not isinstance(heads, (int, np.integer)) or isinstance(heads, bool):
+        raise ConvertError(f"{path}: heads must be a whole number, got {heads!r}")
+    return int(heads)
+
+
 def _read_npz(path: Path) -> tuple[State, dict[str, Any]]:
-    with np.load(path) as file:
+    try:
+        return _arrays(path), {}
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise ConvertError(f"{path} is not a whole .npz of arrays ({str(error)[:80]})") from error
+
+
+def _arrays(path: Path) -> State:
+    with path.open("rb") as raw, np.load(raw) as file:  # what np.load opens it does not always close
         prefixed = any(name.startswith("w/") for name in file.files)
         names = {
             n.removeprefix("w/"): n for n in file.files if (n.startswith("w/") if prefixed else "/" not in n)
         }
-        return {ours: file[theirs] for ours, theirs in names.items()}, {}
+        return {ours: file[theirs] for ours, theirs in names.items()}
 
 
 def _read_pt(path: Path) -> tuple[State, dict[str, Any]]:

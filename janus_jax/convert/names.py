@@ -8,6 +8,7 @@ Room: [disk], convert.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,9 @@ def checked(config: ModelConfig, origin: str) -> ModelConfig:
         raise ConvertError(f"{origin}: activation {config.activation!r} is none of ours: {known}")
     if config.heads < 1 or config.dim % config.heads:
         raise ConvertError(f"{origin}: {config.heads} heads do not divide the width {config.dim}")
+    for name, value in dataclasses.asdict(config.ids).items():
+        if not 0 <= value < config.vocab_size:
+            raise ConvertError(f"{origin}: {name} has id {value}, and the vocabulary {config.vocab_size}")
     return config
 
 
@@ -50,7 +54,15 @@ class Reader:
         """The array called `name`, float32; ConvertError if missing or of another shape."""
         if name not in self.state:
             raise ConvertError(f"{self.origin}: no weight named {name!r}")
-        value = np.asarray(self.state[name], np.float32)
+        stored = np.asarray(self.state[name])
+        if stored.dtype.kind != "f" and stored.dtype.name != "bfloat16":
+            raise ConvertError(
+                f"{self.origin}: {name} is of type {stored.dtype}, not floating-point (of bfloat16, save "
+                "float32: NumPy files cannot hold it)"
+            )
+        value = stored.astype(np.float32)
+        if not np.isfinite(value).all():
+            raise ConvertError(f"{self.origin}: {name} holds values that are no finite numbers")
         if shape is not None and value.shape != shape:
             raise ConvertError(f"{self.origin}: {name} has shape {value.shape}, expected {shape}")
         self.taken.add(name)
