@@ -9,7 +9,6 @@ import argparse
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from janus_jax import cli, mesh, plots, report
+from janus_jax import cli, mesh, paths, plots, report
 
 T = TypeVar("T")
 
@@ -170,9 +169,7 @@ def folder(path: Path) -> Path:
       BenchmarkError: it cannot be written to.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        paths.make_writable(path)
     except OSError as error:
         raise BenchmarkError(f"--output_dir={path} cannot be written to: {error.strerror}") from error
     return path

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -207,12 +206,8 @@ def evaluate(
 
 def _check_folder(folder: AnyPath) -> None:
     """Raises EvaluationError unless `folder` takes files: decoding may take long, and is not done in vain."""
-    if paths.is_remote(folder):
-        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        paths.make_writable(folder)
     except OSError as error:
         why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
         raise EvaluationError(

@@ -27,6 +27,7 @@ import pathlib
 import re
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -81,6 +82,21 @@ def as_path(name: Name) -> AnyPath:
         ) from None
     _check_installed(protocol, text)
     return path
+
+
+def make_writable(folder: AnyPath) -> None:
+    """Makes `folder` and finds out whether it takes files, before anything is done that would be lost.
+
+    Of a store nothing is asked: it has no folders.
+
+    Raises:
+      OSError: it cannot be made or written to.
+    """
+    if is_remote(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def check_run(folder: AnyPath) -> None:

@@ -222,6 +222,16 @@ def test_a_holder_shows_life(folder, impatient):
 # -- the parts of a run -------------------------------------------------------------------------------
 
 
+def test_a_folder_is_made_and_found_to_take_files_or_not(folder, tmp_path):
+    paths.make_writable(folder / "anything")
+    paths.make_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(OSError, match=r"File exists|Not a directory"):
+            paths.make_writable(place)
+
+
 def test_a_remote_folder_is_claimed_and_opened_like_any_other(folder, tmp_path):
     opened = run.claim(folder, Config(seed=3))
     assert run.open_run(str(folder)).config == opened.config == Config(seed=3)

@@ -34,7 +34,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -133,9 +132,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         raise Misused(f"--bench must be yes or no, got {args.bench!r}")
     args.bench = args.bench == "yes" or (not args.bench and not smoke)
     args.seeds = args.seeds or 1
-    if settings.get("seed", "0") in map(
-        str, range(1, args.seeds)
-    ):  # the first run's; the others count from 1
+    others = map(str, range(1, args.seeds))  # what is set is the seed of the first
+    if settings.get("seed") in others:
         raise Misused(f"--config.seed={settings['seed']}: --seeds={args.seeds} has that seed already")
     args.jobs = args.jobs or known.scales[args.scale].jobs
     args.rows = _rows(args.rows, SMOKE_ROWS if smoke else tuple(ROWS))
@@ -638,10 +636,10 @@ def main(words: Sequence[str]) -> int:
 
 
 def _make(out: pathlib.Path) -> None:
+    from janus_jax import paths
+
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        paths.make_writable(out)
     except OSError as error:
         raise Misused(f"--out={out}: {error.strerror}; name a folder that can be written") from error
 
