@@ -275,6 +275,7 @@ class Exported:
         return self._processor
 
 
+# What the loader reads of a manifest, and what each is.
 KEYS: dict[str, type] = {
     "platforms": list,
     "calling_convention": int,
