@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -122,6 +123,14 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """What the parameters are before the first update."""
+
+    run: str = ""  # a run directory, whose parameters and vocabulary this run starts from; "" draws them
+    checkpoint: str = "best"  # of that run: best | latest | a step | average:N
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """The objective and the weight of each of its terms (docs/method.md section 4)."""
 
@@ -220,6 +229,7 @@ class Config:
     vocab: VocabConfig = field(default_factory=VocabConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -404,6 +414,8 @@ def _faults(c: Config) -> Iterator[str]:
     yield from at_least(0, "loss.kl_nar_aux", "loss.kl_ar_aux", "loss.kl_ar_nar")
     yield from within(0, 1, "model.dropout", "model.attention_dropout", "model.activation_dropout")
     yield from within(0, 1, "loss.label_smoothing", "loss.kl_warmup", "optim.ema", "optim.b1", "optim.b2")
+    if not re.fullmatch(r"best|latest|\d+|average:\d+", c.init.checkpoint):
+        yield f"init.checkpoint must be best, latest, a step or average:N, got {c.init.checkpoint!r}"
     if not 0 < c.batch.mask_rate <= 1:
         yield f"batch.mask_rate must lie in (0, 1], got {c.batch.mask_rate}"
     if not 0 < c.batch.span_mean <= 100:

@@ -88,7 +88,11 @@ def prepare(config: Config, workdir: AnyPath, console: Console | None = None) ->
         dataset = sources.prepare_dataset(config.data, folder, progress)
         fresh = ["data set"] if dataset.fresh else []
         pairs = {split: sources.open_split(config.data, folder, split) for split in wanted}
-        vocabulary = _existing_vocabulary(config, workdir)
+        vocabulary = _existing_vocabulary(config, workdir, "use another workdir")
+        if vocabulary is None and config.init.run:
+            vocabulary = _vocabulary_of_start(config)
+            vocabulary.save(workdir)
+            fresh.append(f"vocabulary, that of {config.init.run}")
         if vocabulary is None:
             progress("train vocabulary", 0, None)
             text = (side for pair in pairs[config.data.train_split] for side in pair)
@@ -135,8 +139,22 @@ def _check_dev(config: Config, dev: EncodedSource) -> None:
         )
 
 
-def _existing_vocabulary(config: Config, workdir: AnyPath) -> Vocabulary | None:
-    """The vocabulary in `workdir`, or None if it has none; an error if it is another one."""
+def _vocabulary_of_start(config: Config) -> Vocabulary:
+    """The vocabulary of the run that this one starts from: its parameters mean nothing with another."""
+    vocabulary = _existing_vocabulary(config, paths.as_path(config.init.run), "start from another init.run")
+    if vocabulary is None:
+        raise VocabularyError(f"init.run = {config.init.run} has no {MODEL_FILE} and {INFO_FILE}")
+    return vocabulary
+
+
+def _existing_vocabulary(config: Config, workdir: AnyPath, otherwise: str) -> Vocabulary | None:
+    """The vocabulary in `workdir`, or None if it has none; an error if it is another one.
+
+    Args:
+      config: whose vocabulary it is to be.
+      workdir: folder of a run.
+      otherwise: what to do in that case, but for setting things back.
+    """
     if not ((workdir / MODEL_FILE).exists() and (workdir / INFO_FILE).exists()):
         return None  # half a vocabulary is what a killed run left: it is made again
     vocabulary = Vocabulary.load(workdir)
@@ -149,7 +167,7 @@ def _existing_vocabulary(config: Config, workdir: AnyPath) -> Vocabulary | None:
     if differing:
         raise VocabularyError(
             f"{workdir / MODEL_FILE} was made with other settings ({'; '.join(differing)}): "
-            "set them back, or use another workdir"
+            f"set them back, or {otherwise}"
         )
     return vocabulary
 

@@ -38,8 +38,14 @@ BOUND_DATA = "training_data.sha256"  # and the encoded training pairs
 FREE = ("data.dir", "data.raw_dir", "data.dev_split", "data.test_split", "batch.workers", "batch.prefetch")
 FREE_SECTIONS = ("train.", "decode.", "mesh.")
 FREE_MODEL = ("model.scan_layers", "model.remat", "model.remat_keep")
+# What may differ between a run and the one that it starts from: models that read the same parameters.
+FREE_OF_START = (
+    *("model.dropout", "model.attention_dropout", "model.activation_dropout", "model.dtype"),
+    *("model.ar_positions", "model.ar_stream", "model.length_gradient"),
+    *FREE_MODEL,
+)
 # What a vocabulary is made by: fixed once there is one.  The rest is fixed once there is a checkpoint.
-OF_VOCABULARY = ("data.", "vocab.", "model.vocab_size", "model.ids.")
+OF_VOCABULARY = ("data.", "vocab.", "model.vocab_size", "model.ids.", "init.run")
 
 
 class RunError(ValueError):
@@ -150,6 +156,50 @@ class Run:
         step = checkpoint.find_step(self.checkpoints, wanted)
         return checkpoint.restore_params(self.checkpoints, step, part), f"step {step}"
 
+    def start(self) -> tuple[Any, str] | None:
+        """The parameters of the run that this one starts from, and what they are; None if it draws its own.
+
+        Raises:
+          RunError: `init.run` is no run, or has another model or another vocabulary.
+          checkpoint.NoCheckpointError: it has no checkpoint `init.checkpoint`.
+        """
+        origin = start_of(self.config)
+        if origin is None:
+            return None
+        if origin.vocabulary().sha256 != self.vocabulary().sha256:
+            raise RunError(
+                f"{self.folder} was prepared with another vocabulary than that of init.run = "
+                f"{origin.folder}: choose another --workdir"
+            )
+        params, what = origin.params(self.config.init.checkpoint)
+        return params, f"{origin.folder}, {what}"
+
+
+def start_of(config: Config) -> Run | None:
+    """The run whose parameters `config` starts from, or None.
+
+    Raises:
+      RunError: `init.run` is no run, or a model of another kind (names every key that differs).
+    """
+    if not config.init.run:
+        return None
+    try:
+        origin = open_run(config.init.run)
+    except RunError as error:
+        raise RunError(f"init.run: {error}") from None
+    other = {
+        key: values
+        for key, values in differences(origin.config, config).items()
+        if key.startswith("model.") and key not in FREE_OF_START
+    }
+    if other:
+        lines = "\n".join(f"  {key}: {there!r} there, {here!r} here" for key, (there, here) in other.items())
+        raise RunError(
+            f"init.run = {origin.folder} has another model, whose parameters do not fit:\n{lines}\n"
+            "set these keys as they are there"
+        )
+    return origin
+
 
 def open_run(folder: str | os.PathLike[str]) -> Run:
     """An existing run directory.
@@ -183,7 +233,7 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
 
     Raises:
       RunError: the folder belongs to another configuration (names every key that differs), or holds
-        checkpoints of which nobody knows what they belong to.
+        checkpoints of which nobody knows what they belong to; or as `start_of`.
       paths.PathError: a URL that cannot hold a run.
     """
     folder = paths.as_path(folder)
@@ -209,6 +259,7 @@ def claim(folder: str | os.PathLike[str], config: Config) -> Run:
             "put the config.json back, or choose another --workdir"
         )
     if not claimed.has_checkpoints():
+        start_of(config)
         folder.mkdir(parents=True, exist_ok=True)
         claimed.record()
     return claimed

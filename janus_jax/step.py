@@ -36,10 +36,16 @@ class TrainState(NamedTuple):
     ema: Params | None  # exponential average of params, or None
 
 
-def init_state(config: Config) -> TrainState:
-    """The state before the first update; a pure function of the configuration, so it can be jitted."""
+def init_state(config: Config, params: Params | None = None) -> TrainState:
+    """The state before the first update; a pure function of its arguments, so it can be jitted.
+
+    Args:
+      config: static.
+      params: what the parameters are; None draws them.
+    """
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    params = init_params(init_key, config.model)
+    if params is None:
+        params = init_params(init_key, config.model)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),

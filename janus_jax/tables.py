@@ -35,6 +35,7 @@ from janus_jax.config import Config
 
 # Keys that rows may differ in: prefixes end in a dot.
 ABOUT = (
+    "init.",
     "loss.",
     "model.ar_stream",
     "model.ar_positions",

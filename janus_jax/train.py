@@ -136,6 +136,7 @@ class _Training:
         self.timer = report.Timer()
         self.compiled: dict[tuple[Any, ...], Any] = {}
         self.compile_seconds = 0.0
+        self.origin: str | None = None  # what the parameters were before the first update
         self.vocabulary = opened.vocabulary()
         self.rows = shares * parts
         self.train_set = _open(opened, self.config.data.train_split, self.vocabulary)
@@ -157,6 +158,8 @@ class _Training:
             report.progress(config.train.steps, "train", start=start, console=console) as self.progress,
         ):
             told = {"event": "resumed" if start else "started", "device": mesh.device_kind()}
+            if self.origin:
+                told["init"] = self.origin
             self.writer.write(start, "event", told | {"commit": report.commit() or "unknown"})
             return self._loop(state, start)
 
@@ -214,7 +217,13 @@ class _Training:
             values, step = self.checkpoints.restore(wanted)
             processes.say(f"resuming from step {step}")
             return TrainState(**values), step
-        return jax.jit(initial, out_shardings=shardings)(), 0
+        start = self.opened.start()
+        if start is None:
+            return jax.jit(initial, out_shardings=shardings)(), 0
+        params, what = start
+        processes.say(f"starting from {what}")
+        self.origin = what
+        return jax.jit(initial, out_shardings=shardings)(params), 0
 
     def _show_shardings(self, abstract: TrainState) -> None:
         """Where every parameter lies, if they are cut at all; the optimiser's lie as theirs do."""

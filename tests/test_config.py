@@ -87,6 +87,7 @@ def test_differences():
             {"loss": dict.fromkeys(("ar", "nar", "kl_ar_aux", "kl_nar_aux", "kl_ar_nar"), 0.0)},
             "needs a weight that teaches AR or NAR",
         ),
+        ({"init": {"checkpoint": "9x"}}, "init.checkpoint must be best, latest, a step or average:N"),
         ({"loss": {"objective": "mlm"}}, "loss.objective must be one of janus, ar, cmlm, rdrop, got 'mlm'"),
         ({"model": {"dim": 10, "heads": 4}}, r"model.heads \(4\) must divide model.dim \(10\)"),
         ({"model": {"dropout": 1.0}}, r"model.dropout must lie in \[0, 1\), got 1.0"),

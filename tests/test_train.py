@@ -10,10 +10,11 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from janus_jax import checkpoint, report, run, train
+from janus_jax import checkpoint, prepare, report, run, train
 from janus_jax.config import Config, from_dict
 
 STEPS = 12
@@ -54,7 +55,10 @@ def tiny(**changes) -> Config:
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")
-        values.setdefault(section, {})[name] = value
+        if name:
+            values.setdefault(section, {})[name] = value
+        else:
+            values[section] = value
     return from_dict(values)
 
 
@@ -133,6 +137,86 @@ def test_a_finished_run_goes_on_when_more_is_asked_for(finished, data, tmp_path)
     assert train.train(tiny(data__dir=str(data), train__steps=STEPS // 2), tmp_path) == train.DONE
     assert train.train(tiny(data__dir=str(data)), tmp_path) == train.DONE
     assert rows(tmp_path) == rows(finished)
+
+
+QUICK = {"train__dev_sentences": -1, "train__best": "loss"}
+STILL = {"optim__lr": 0.0, "optim__init_lr": 0.0, **QUICK}  # updates that leave the parameters as they are
+
+
+def trees_equal(a, b) -> bool:
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+@pytest.mark.parametrize("chosen", ["best", "average:2"])
+def test_a_run_starts_from_the_parameters_of_another(finished, data, tmp_path, chosen, capsys):
+    config = tiny(
+        data__dir=str(data), init__run=str(finished), init__checkpoint=chosen, train__steps=2, seed=7, **STILL
+    )
+    assert train.train(config, tmp_path) == train.DONE
+    wanted, what = run.open_run(finished).params(chosen)
+    opened = run.open_run(tmp_path)
+    found, _ = opened.params("latest")
+    assert trees_equal(found, wanted)
+    assert opened.vocabulary().sha256 == run.open_run(finished).vocabulary().sha256
+    assert f"starting from {finished}, {what}" in " ".join(capsys.readouterr().out.split())
+    (started,) = [r for r in report.read_metrics(tmp_path) if r["kind"] == "event"]
+    assert started["metrics"]["init"] == f"{finished}, {what}"
+
+
+def test_an_exponential_average_starts_from_them_too(finished, data, tmp_path):
+    config = tiny(data__dir=str(data), init__run=str(finished), train__steps=1, optim__ema=0.5, **STILL)
+    assert train.train(config, tmp_path / "averaged") == train.DONE
+    wanted, _ = run.open_run(finished).params()
+    assert trees_equal(run.open_run(tmp_path / "averaged").params()[0], wanted)
+    # of a run that keeps an average, that is what is taken, as decoding does
+    later = checkpoint.restore_params(tmp_path / "averaged" / "checkpoints", part="ema")
+    config = tiny(data__dir=str(data), init__run=str(tmp_path / "averaged"), train__steps=1, **STILL)
+    assert train.train(config, tmp_path / "next") == train.DONE
+    assert trees_equal(run.open_run(tmp_path / "next").params()[0], later)
+
+
+def test_a_run_goes_on_without_the_one_that_it_started_from(finished, data, tmp_path):
+    origin = shutil.copytree(finished, tmp_path / "origin")
+    config = {"data__dir": str(data), "init__run": str(origin), **QUICK}
+    assert train.train(tiny(**config, train__steps=2), tmp_path / "whole") == train.DONE
+    assert train.train(tiny(**config, train__steps=1), tmp_path / "cut") == train.DONE
+    shutil.rmtree(origin)
+    assert train.train(tiny(**config, train__steps=2), tmp_path / "cut") == train.DONE
+    a, b = (run.open_run(tmp_path / name).params("latest")[0] for name in ("whole", "cut"))
+    assert trees_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init__run": "nowhere"}, "init.run: nowhere is not a run directory"),
+        ({"model__heads": 4, "model__norm": "pre"}, "model.heads: 2 there, 4 here\n  model.norm:"),
+        ({"model__vocab_size": 300}, "model.vocab_size: 400 there, 300 here"),
+        ({"vocab__kind": "bpe"}, "start from another init.run"),
+        ({"init__checkpoint": "99"}, "no checkpoint of step 99"),
+        ({"init__checkpoint": "average:9"}, "cannot average the last 9"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(finished, data, tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        train.train(tiny(**{"data__dir": str(data), "init__run": str(finished)} | changes), tmp_path / "run")
+    assert message in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_start_with_the_vocabulary_of_another_is_refused(finished, data, tmp_path):
+    """Prepared, and then the origin was made anew."""
+    origin = shutil.copytree(finished, tmp_path / "origin")
+    config = tiny(data__dir=str(data), init__run=str(origin))
+    run.claim(tmp_path / "run", config)
+    prepare.prepare(config, tmp_path / "run")
+    other = tiny(data__dir=str(tmp_path / "data"), data__size=300)
+    prepare.prepare(other, tmp_path / "other")
+    for name in ("vocab.model", "vocab.json"):
+        shutil.copy(tmp_path / "other" / name, origin / name)
+    (origin / "checkpoints" / run.BOUND).unlink()
+    with pytest.raises(run.RunError, match=r"prepared with another vocabulary than that of init\.run"):
+        train.train(config, tmp_path / "run")
 
 
 def test_sigterm_saves_and_the_next_start_goes_on_bit_for_bit(finished, data, tmp_path):
