@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from janus_jax import checkpoint, cli, processes, train
-from janus_jax.config import Config, MeshConfig
+from janus_jax.config import Config, InitConfig, MeshConfig
 from tests.layouts import HALF, HEARTBEAT, LAYOUTS, LIMIT, STEPS, assert_same_curve, config_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -274,3 +274,18 @@ def test_a_stop_is_noted_and_the_handlers_come_back(number):
         os.kill(os.getpid(), number)
         assert stop(2) == number.name
     assert signal.getsignal(number) is before
+
+
+def test_two_processes_start_from_another_run(alone, data, tmp_path):
+    config = config_of(LAYOUTS["cube"], data)
+    config = dataclasses.replace(
+        config,
+        init=InitConfig(str(alone), "latest"),
+        train=dataclasses.replace(config.train, steps=1),
+        optim=dataclasses.replace(config.optim, lr=0.0, init_lr=0.0),
+    )
+    assert finish(start(2, tmp_path, config)) == [0, 0], [log(tmp_path, i) for i in range(2)]
+    wanted, found = (checkpoint.restore_params(place / "checkpoints") for place in (alone, tmp_path / "run"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, wanted, found))
+    assert log(tmp_path, 0).count("starting from") == 1
+    assert "starting from" not in log(tmp_path, 1)
