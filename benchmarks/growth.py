@@ -207,6 +207,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for axis, sizes in axes.items():
             if len(sizes) < 2 or any(a >= b for a, b in itertools.pairwise(sizes)):
                 raise common.BenchmarkError(f"--{axis}: give at least two sizes, rising, got {sizes}")
+        if axes["vocabulary"][0] <= (most := max(dataclasses.astuple(model.ids)) + 1):
+            raise common.BenchmarkError(
+                f"--vocabulary: sizes must be above {most}, for symbols beside the special ones"
+            )
         growth(common.folder(args.output_dir), model, axes=axes, rounds=args.rounds)
         return 0
 

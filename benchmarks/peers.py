@@ -202,6 +202,8 @@ def started(command: Sequence[str]) -> Iterator[Peer]:
                 process.communicate('{"do": "stop"}\n', timeout=30)
         finally:
             process.kill()
+            with contextlib.suppress(BrokenPipeError):  # words that it did not live to read
+                process.stdin.close()  # type: ignore[union-attr]
 
 
 # -- ours ---------------------------------------------------------------------------------------------

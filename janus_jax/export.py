@@ -326,7 +326,8 @@ def _appearing(root: Path) -> Iterator[Path]:
     temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
+        for path in _left_by_killed(root, "tmp"):
+            shutil.rmtree(path, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         for path in temporary.rglob("*"):
@@ -345,7 +346,8 @@ def _appearing(root: Path) -> Iterator[Path]:
 def _put(temporary: Path, root: Path) -> None:
     """Renames `temporary` to `root`; an older export there goes, and comes back if the renaming fails."""
     aside = root.with_name(f".{root.name}.{os.getpid()}.old")
-    shutil.rmtree(aside, ignore_errors=True)  # of a killed process with the same number
+    for path in _left_by_killed(root, "old"):  # the newest is there again, if it was needed: `_put_back`
+        shutil.rmtree(path, ignore_errors=True)
     try:
         if root.exists():
             os.rename(root, aside)
@@ -359,16 +361,17 @@ def _put(temporary: Path, root: Path) -> None:
 
 def _put_back(root: Path) -> None:
     """What `_put` set aside comes back, where its process was killed before the new export was there."""
-    if root.exists() or not root.parent.is_dir():
+    if root.exists():
         return
-    aside = [
-        path
-        for path in root.parent.iterdir()
-        if (found := re.fullmatch(rf"\.{re.escape(root.name)}\.(\d+)\.old", path.name))
-        and not _runs(int(found[1]))
-    ]
-    if aside:
+    if aside := _left_by_killed(root, "old"):
         os.rename(max(aside, key=lambda path: path.stat().st_mtime), root)
+
+
+def _left_by_killed(root: Path, ending: str) -> list[Path]:
+    """Folders beside `root` that exports to it made under such a name, and that no process uses now."""
+    name = re.compile(rf"\.{re.escape(root.name)}\.(\d+)\.{ending}")
+    beside = root.parent.iterdir() if root.parent.is_dir() else ()
+    return [path for path in beside if (found := name.fullmatch(path.name)) and not _runs(int(found[1]))]
 
 
 def _runs(pid: int) -> bool:

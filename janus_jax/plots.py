@@ -112,9 +112,10 @@ def plot_training(rows: Sequence[Row] | Mapping[str, Sequence[Row]], path: Path)
 
 
 def _curve(rows: Sequence[Row], kind: str, name: str) -> tuple[list[int], list[float]] | None:
-    """Steps and values of one metric; a null (NaN) leaves a gap."""
+    """Steps and values of one metric; what is not finite (null, or what others wrote) leaves a gap."""
     chosen = [r for r in rows if r["kind"] == kind and name in r["metrics"]]
-    values = [math.nan if (v := r["metrics"][name]) is None else float(v) for r in chosen]
+    numbers = [math.nan if (v := r["metrics"][name]) is None else float(v) for r in chosen]
+    values = [v if math.isfinite(v) else math.nan for v in numbers]
     return None if all(map(math.isnan, values)) else ([r["step"] for r in chosen], values)
 
 
@@ -128,7 +129,8 @@ def _draw_panel(
 
     labelled = set()
     for (run, _, label, kind), (steps, values) in curves.items():
-        look: dict[str, Any] = {"color": COLOURS[runs.index(run) % len(COLOURS)]}
+        colour, marker = _look(runs.index(run))
+        look: dict[str, Any] = {"color": colour}
         look |= {"linestyle": "--" if label == "NAR" else "-"}
         if kind == "train":
             alone: dict[str, Any] = (
@@ -136,7 +138,7 @@ def _draw_panel(
             )
             axes.plot(steps, values, linewidth=0.9, alpha=0.45, **look, **alone)
         else:
-            axes.plot(steps, values, linewidth=1.5, marker="o", markersize=2.6, markeredgewidth=0, **look)
+            axes.plot(steps, values, linewidth=1.5, marker=marker, markersize=2.6, markeredgewidth=0, **look)
         if label and label not in labelled:
             labelled.add(label)
             last = max(i for i, v in enumerate(values) if math.isfinite(v))
@@ -158,6 +160,11 @@ def _draw_panel(
         axes.set_ylim(*_robust_limits(numbers))
 
 
+def _look(i: int) -> tuple[str, str]:
+    """Colour and marker of run `i`: once the colours have been used up, they come with another marker."""
+    return COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
+
+
 def _robust_limits(numbers: Sequence[float]) -> tuple[float, float]:
     """Limits that show all but the top 2 % of the values where those would flatten the rest."""
     values = sorted(numbers)
@@ -173,7 +180,7 @@ def _run_legend(figure: Figure, runs: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3, label=_drawable(run))
+        Line2D([], [], color=(look := _look(i))[0], marker=look[1], linewidth=3, label=_drawable(run))
         for i, run in enumerate(runs)
         if run
     ]

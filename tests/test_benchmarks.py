@@ -115,6 +115,10 @@ def test_growth(tmp_path, monkeypatch):
 def test_growth_wants_rising_sizes(capsys):
     assert growth.main(["--batch=8,4"]) == 1
     assert "--batch: give at least two sizes, rising, got (8, 4)" in capsys.readouterr().err
+    assert growth.main(["--vocabulary=5,8"]) == 1
+    assert (
+        "--vocabulary: sizes must be above 5, for symbols beside the special ones" in capsys.readouterr().err
+    )
 
 
 def test_the_length_is_forced(tmp_path):
@@ -161,6 +165,13 @@ def test_peers(tmp_path, monkeypatch, capsys):
 def test_a_peer_that_fails_is_told(tmp_path, script, message):
     with pytest.raises(common.BenchmarkError, match=message):
         compare(tmp_path, [sys.executable, "-c", script])
+
+
+def test_a_peer_that_is_gone_before_it_is_asked_is_told():
+    with pytest.raises(common.BenchmarkError, match="ended with code 3"):  # noqa: SIM117 - the inner one passes it on
+        with peers.started([sys.executable, "-c", "raise SystemExit(3)"]) as peer:
+            peer._process.wait()
+            peer.ask(do="hello")
 
 
 def test_peers_without_their_environment(tmp_path):

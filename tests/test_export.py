@@ -397,6 +397,18 @@ def test_an_export_set_aside_by_a_killed_process_is_there_again(long_run, copy, 
     assert [p.name for p in tmp_path.iterdir()] == [alive.name], "another process is at it"
 
 
+def test_what_killed_processes_left_goes_with_the_next_export(copy, tmp_path):
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout.strip()
+    for name in (f".copy.{gone}.tmp", f".copy.{gone}.old", f".copy.{os.getppid()}.tmp", f".other.{gone}.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("half", "utf-8")
+    with export._appearing(copy) as folder:
+        shutil.copytree(copy, folder, dirs_exist_ok=True)
+    Exported.load(copy)
+    kept = {"copy", f".copy.{os.getppid()}.tmp", f".other.{gone}.tmp"}
+    assert {p.name for p in tmp_path.iterdir()} == kept, "another process's, and another export's"
+
+
 def test_a_mount_point_is_refused_before_anything_is_compiled(long_run, tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
     with pytest.raises(ExportError, match=r"is a mount point, .*; name a folder inside it"):

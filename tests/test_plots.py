@@ -1,6 +1,7 @@
 """Pictures without warnings, of whatever text and metrics there are."""
 
 import itertools
+import math
 import subprocess
 import sys
 
@@ -44,6 +45,21 @@ def test_training_curves_with_missing_terms_gaps_and_several_runs(tmp_path):
     with pytest.raises(ReportError, match="nothing to draw"):
         plot_training([_row(1, "event", what="x")], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_more_runs_than_colours_are_told_apart(tmp_path):
+    runs = {f"run {i}": [_row(s, "dev", loss=float(i + s)) for s in (1, 2)] for i in range(9)}
+    assert len({plots._look(i) for i in range(9)}) == 9
+    plot_training(runs, tmp_path / "nine.png")
+    assert _size(tmp_path / "nine.png")[0] > 300
+
+
+def test_infinities_of_others_leave_gaps(tmp_path):
+    rows = [_row(s, "train", loss=v) for s, v in ((1, 2.0), (2, math.inf), (3, 1.0), (4, -math.inf))]
+    assert plots._curve(rows, "train", "loss")[1][::2] == [2.0, 1.0]
+    plot_training(rows, tmp_path / "gaps.png")
+    with pytest.raises(ReportError, match="nothing to draw"):
+        plot_training(rows[1:2], tmp_path / "none.png")
 
 
 def test_a_spike_does_not_flatten_a_curve():
