@@ -168,10 +168,13 @@ def test_a_peer_that_fails_is_told(tmp_path, script, message):
 
 
 def test_a_peer_that_is_gone_before_it_is_asked_is_told():
-    with pytest.raises(common.BenchmarkError, match="ended with code 3"):  # noqa: SIM117 - the inner one passes it on
+    def ask() -> None:
         with peers.started([sys.executable, "-c", "raise SystemExit(3)"]) as peer:
             peer._process.wait()
             peer.ask(do="hello")
+
+    with pytest.raises(common.BenchmarkError, match="ended with code 3"):
+        ask()
 
 
 def test_peers_without_their_environment(tmp_path):
