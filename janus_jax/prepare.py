@@ -1,7 +1,7 @@
 """`janus-jax prepare`: the data set, the vocabulary and the encoded splits of a run.
 
 Whatever is there already is checked and kept, so a second run does nothing but say so.
-Room: shell.  Composes data and text; prints to the terminal.
+Room: shell.  Composes data, text and run; prints to the terminal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
-from janus_jax import paths
+from janus_jax import paths, run
 from janus_jax.config import Config
 from janus_jax.data import encoded, sources
 from janus_jax.data.catalogue import Progress
@@ -79,6 +79,7 @@ def prepare(config: Config, workdir: AnyPath, console: Console | None = None) ->
       DataError: data that cannot be used, or no dev pair that fits a bucket; the message names file, line or
         key.
       VocabularyError: no vocabulary of this size can be trained, or `workdir` has another one.
+      run.RunError: as `run.start_of`.
     """
     console = console or Console()
     folder = data_folder(config, workdir)
@@ -89,8 +90,9 @@ def prepare(config: Config, workdir: AnyPath, console: Console | None = None) ->
         fresh = ["data set"] if dataset.fresh else []
         pairs = {split: sources.open_split(config.data, folder, split) for split in wanted}
         vocabulary = _existing_vocabulary(config, workdir, "use another workdir")
-        if vocabulary is None and config.init.run:
-            vocabulary = _vocabulary_of_start(config)
+        origin = run.start_of(config) if vocabulary is None else None
+        if origin is not None:
+            vocabulary = _vocabulary_of(origin, config)
             vocabulary.save(workdir)
             fresh.append(f"vocabulary, that of {config.init.run}")
         if vocabulary is None:
@@ -139,11 +141,11 @@ def _check_dev(config: Config, dev: EncodedSource) -> None:
         )
 
 
-def _vocabulary_of_start(config: Config) -> Vocabulary:
+def _vocabulary_of(origin: run.Run, config: Config) -> Vocabulary:
     """The vocabulary of the run that this one starts from: its parameters mean nothing with another."""
-    vocabulary = _existing_vocabulary(config, paths.as_path(config.init.run), "start from another init.run")
+    vocabulary = _existing_vocabulary(config, origin.folder, "start from another init.run")
     if vocabulary is None:
-        raise VocabularyError(f"init.run = {config.init.run} has no {MODEL_FILE} and {INFO_FILE}")
+        raise VocabularyError(f"init.run = {origin.folder} has no {MODEL_FILE} and {INFO_FILE}")
     return vocabulary
 
 

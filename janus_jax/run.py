@@ -184,7 +184,7 @@ def start_of(config: Config) -> Run | None:
     if not config.init.run:
         return None
     try:
-        origin = open_run(config.init.run)
+        origin = open_run(os.path.expanduser(config.init.run))
     except RunError as error:
         raise RunError(f"init.run: {error}") from None
     other = {

@@ -16,6 +16,7 @@ import pytest
 
 from janus_jax import checkpoint, prepare, report, run, train
 from janus_jax.config import Config, from_dict
+from janus_jax.text import VocabularyError
 
 STEPS = 12
 
@@ -161,6 +162,18 @@ def test_a_run_starts_from_the_parameters_of_another(finished, data, tmp_path, c
     assert f"starting from {finished}, {what}" in " ".join(capsys.readouterr().out.split())
     (started,) = [r for r in report.read_metrics(tmp_path) if r["kind"] == "event"]
     assert started["metrics"]["init"] == f"{finished}, {what}"
+
+
+def test_a_start_below_home(finished, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(finished.parent))
+    config = tiny(data__dir=str(data), init__run=f"~/{finished.name}", train__steps=1, **STILL)
+    assert prepare.prepare(config, tmp_path).vocabulary.sha256 == run.open_run(finished).vocabulary().sha256
+    (finished / "vocab.json").rename(finished / "kept")
+    try:
+        with pytest.raises(VocabularyError, match=r"init\.run = .* has no vocab\.model and vocab\.json"):
+            prepare.prepare(config, tmp_path / "other")
+    finally:
+        (finished / "kept").rename(finished / "vocab.json")
 
 
 def test_an_exponential_average_starts_from_them_too(finished, data, tmp_path):
