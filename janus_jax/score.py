@@ -80,7 +80,9 @@ class Comparison:
     bleu_b: float
     difference: float  # b - a
     interval: tuple[float, float]  # central 95 % of the resampled differences
-    p_value: float  # of no difference, two-sided, as sacreBLEU's `--paired-bs` computes it
+    # Of no difference, as sacreBLEU's `--paired-bs` computes it: with one tail, once the difference is clear, so
+    # about half of a two-sided one.
+    p_value: float
     samples: int
     seed: int
     signature: str
