@@ -80,8 +80,8 @@ class Comparison:
     bleu_b: float
     difference: float  # b - a
     interval: tuple[float, float]  # central 95 % of the resampled differences
-    # Of no difference, as sacreBLEU's `--paired-bs` computes it: with one tail, once the difference is clear, so
-    # about half of a two-sided one.
+    # Of no difference, as sacreBLEU's `--paired-bs` computes it: with one tail, once the difference is clear,
+    # so about half of a two-sided one.
     p_value: float
     samples: int
     seed: int

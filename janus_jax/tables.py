@@ -790,8 +790,8 @@ def details(judged: Judged, versus: Sequence[Versus]) -> Table:
         ]
     notes += [
         f"Difference, 95 % interval and p: paired bootstrap as sacreBLEU computes it, {n:,} resamples, "
-        "with one tail, so about half of a two-sided p; with several seeds one for each.  Passes are those of "
-        "the decoder, re-scoring one more."
+        "with one tail, so about half of a two-sided p; with several seeds one for each.  Passes are those "
+        "of the decoder, re-scoring one more."
         for n in sorted({v.found.samples for v in versus if v.found})
     ]
     note = "  ".join(notes)
