@@ -72,6 +72,20 @@ SYSTEMS: tuple[System, ...] = (
 )
 
 
+def chosen_systems(wanted: Sequence[str]) -> tuple[System, ...]:
+    """The systems of these names or groups, as `SYSTEMS` has them, beside greedy and beam 5; () means all.
+
+    Raises:
+      BenchmarkError: a name that is neither.
+    """
+    for name in wanted:
+        if name not in (known := [word for s in SYSTEMS for word in (s.group, s.name)]):
+            raise common.BenchmarkError(
+                f"--system={name}: there is none of this name; there are {'; '.join(dict.fromkeys(known))}"
+            )
+    return tuple(s for s in SYSTEMS if not wanted or s in (GREEDY, BEAM) or {s.group, s.name} & set(wanted))
+
+
 class Round(NamedTuple):
     """What one system took in one round, compiling left out."""
 
@@ -357,13 +371,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=common.at_least_one, default=0, help="score the first so many only")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="default the run's")
     parser.add_argument("--no_memory", action="store_true", help="start no process for each peak")
+    parser.add_argument(
+        "--system",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="this one or this group alone, beside AR, such as draft or 'draft, strict'; may be repeated",
+    )
     args = parser.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the children of --memory room
 
     def work() -> int:
         folder = args.output_dir or Path(str(as_path(args.workdir))) / "benchmarks"
         kept = ("split", "checkpoint", "sentences", "stream", "rounds", "limit", "dtype")
-        curve(args.workdir, folder, memory=not args.no_memory, **{k: getattr(args, k) for k in kept})
+        systems = chosen_systems(args.system)
+        curve(
+            args.workdir,
+            folder,
+            memory=not args.no_memory,
+            systems=systems,
+            **{k: getattr(args, k) for k in kept},
+        )
         return 0
 
     return common.guarded(parser.prog, work)

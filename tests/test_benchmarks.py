@@ -100,6 +100,15 @@ def test_a_run_that_is_none_is_one_line(tmp_path, capsys):
     assert line.startswith(f"benchmarks.curve: error: {tmp_path} is not a run directory")
 
 
+def test_a_curve_of_some_systems(capsys):
+    names = [s.name for s in curve.chosen_systems(["draft, strict", "NAR, 1 candidate"])]
+    passes = [f"NAR, 1 candidate, T = {t}" for t in (1, 2, 4, 10)]
+    assert names == ["AR, greedy", "AR, beam 5", *passes, "draft, strict"]
+    assert curve.chosen_systems([]) == curve.SYSTEMS
+    assert curve.main(["--workdir=nowhere", "--system=drafts"]) == 1
+    assert "--system=drafts: there is none of this name; there are AR; AR, greedy;" in capsys.readouterr().err
+
+
 def test_growth(tmp_path, monkeypatch):
     monkeypatch.setattr(growth, "SYSTEMS", (growth.SYSTEMS[0], growth.SYSTEMS[2]))
     model = ModelConfig(dim=16, ffn=16, heads=2, encoder_layers=1, decoder_layers=1)
