@@ -189,17 +189,18 @@ class Engine:
         base: Any = getattr(function, "func", function)
         shapes = tuple(x.shape for x in jax.tree.leaves(values))
         full_key = (base.__self__, base.__name__, key, shapes)
-        if full_key not in self._compiled:
+        program = self._compiled.get(full_key)
+        if program is None:
             jax.block_until_ready(self._sent)  # what runs beside a compilation would seem to cost no time
             start = time.perf_counter()
             each = mesh.on_each_device(function, self._mesh, (WHOLE, *axes), out)
-            self._compiled[full_key] = jax.jit(each).lower(self._params, *values).compile()
+            program = self._compiled[full_key] = jax.jit(each).lower(self._params, *values).compile()
             report.compile_seconds += time.perf_counter() - start
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(full_key)
         report.shapes.add((*shapes[0], *key))
-        self._sent = self._compiled[full_key](self._params, *values)
+        self._sent = program(self._params, *values)
         return self._sent
 
 

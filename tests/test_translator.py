@@ -58,6 +58,14 @@ def test_drafting_writes_what_greedy_search_writes_in_no_more_passes(translator)
     assert 5 <= report.passes <= report.tokens + 5  # EOS of each is a symbol too
 
 
+def test_options_are_checked_by_value_and_type_each_time(translator):
+    assert translator.options("nar", iterations=1).iterations == 1
+    assert translator.options("nar", iterations=1) == translator.options("nar", iterations=1)
+    for value in (True, 1.0, [1], "1"):  # the first two equal 1
+        with pytest.raises(DecodeError, match=r"decode\.iterations must be int, got"):
+            translator.options("nar", iterations=value)
+
+
 def test_options_that_are_nothing_to_a_program_compile_none(translator):
     translator(LINES, "nar", iterations=3)
     before = len(translator._engine._compiled)
