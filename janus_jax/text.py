@@ -133,7 +133,7 @@ class Vocabulary:
         A start symbol in front is skipped, even if it equals eos (BART); special symbols have no
         text.  Bytes that are no UTF-8 become U+FFFD.
         """
-        listed = [int(i) for i in ids]
+        listed = ids if isinstance(ids, list) else np.asarray(ids).tolist()
         if listed[:1] == [self.ids.start]:
             listed = listed[1:]
         if self.ids.eos in listed:
