@@ -311,12 +311,11 @@ def restore_params(folder: str | os.PathLike[str], step: int | str = LATEST, par
         return _read_part(path, part)
 
 
-def average_params(folder: str | os.PathLike[str], last: int, part: str = "params") -> Tree:
-    """The mean, in float32, of one part of the newest `last` checkpoints.
+def newest_steps(folder: str | os.PathLike[str], last: int) -> list[int]:
+    """The newest `last` steps, oldest first.
 
     Raises:
-      NoCheckpointError: there are fewer than `last`; names how many.
-      CheckpointError: as `restore_params`, or the checkpoints differ in their arrays.
+      NoCheckpointError: there are fewer; names how many.
     """
     folder = _absolute(folder)
     steps = list_steps(folder)
@@ -327,7 +326,18 @@ def average_params(folder: str | os.PathLike[str], last: int, part: str = "param
             f"cannot average the last {last} checkpoints of {folder}, which has {len(steps)}: "
             f"{_listed(steps)}; ask for 1 to {len(steps)}, or train with a larger train.keep_last"
         )
-    newest, *older = steps[: -last - 1 : -1]
+    return steps[-last:]
+
+
+def average_params(folder: str | os.PathLike[str], last: int, part: str = "params") -> Tree:
+    """The mean, in float32, of one part of the newest `last` checkpoints.
+
+    Raises:
+      NoCheckpointError: as `newest_steps`.
+      CheckpointError: as `restore_params`, or the checkpoints differ in their arrays.
+    """
+    folder = _absolute(folder)
+    newest, *older = reversed(newest_steps(folder, last))
     params = restore_params(folder, newest, part)
     arrays = _arrays(params)
     total = jax.tree.map(lambda x: np.array(x, np.float32), params)

@@ -140,6 +140,18 @@ class Run:
           checkpoint.NoCheckpointError: there is no such checkpoint.
         """
         part = "ema" if self.config.optim.ema else "params"
+        steps = self.find(which)
+        if which.startswith("average"):
+            found = checkpoint.average_params(self.checkpoints, len(steps), part)
+            return found, f"average of steps {', '.join(map(str, steps))}"
+        return checkpoint.restore_params(self.checkpoints, steps[0], part), f"step {steps[0]}"
+
+    def find(self, which: str) -> list[int]:
+        """The steps that `which`, as `params` has it, is made of; nothing is read.
+
+        Raises:
+          RunError, checkpoint.NoCheckpointError: as `params`.
+        """
         kind, _, number = which.partition(":")
         if kind == "average" and number.isdecimal():
             if int(number) > (kept := self.config.train.keep_last):
@@ -147,14 +159,10 @@ class Run:
                     f"cannot average the last {number} checkpoints of {self.folder}: train.keep_last is "
                     f"{kept}; ask for 1 to {kept}, or train with a larger one"
                 )
-            found = checkpoint.average_params(self.checkpoints, int(number), part)
-            steps = checkpoint.list_steps(self.checkpoints)[-int(number) :]
-            return found, f"average of steps {', '.join(map(str, steps))}"
+            return checkpoint.newest_steps(self.checkpoints, int(number))
         if which not in ("best", "latest") and not which.isdecimal():
             raise RunError(f"--checkpoint must be best, latest, a step or average:N, got {which!r}")
-        wanted = int(which) if which.isdecimal() else which
-        step = checkpoint.find_step(self.checkpoints, wanted)
-        return checkpoint.restore_params(self.checkpoints, step, part), f"step {step}"
+        return [checkpoint.find_step(self.checkpoints, int(which) if which.isdecimal() else which)]
 
     def start(self) -> tuple[Any, str] | None:
         """The parameters of the run that this one starts from, and what they are; None if it draws its own.
@@ -180,6 +188,7 @@ def start_of(config: Config) -> Run | None:
 
     Raises:
       RunError: `init.run` is no run, or a model of another kind (names every key that differs).
+      checkpoint.NoCheckpointError: it has no checkpoint `init.checkpoint`.
     """
     if not config.init.run:
         return None
@@ -198,6 +207,7 @@ def start_of(config: Config) -> Run | None:
             f"init.run = {origin.folder} has another model, whose parameters do not fit:\n{lines}\n"
             "set these keys as they are there"
         )
+    origin.find(config.init.checkpoint)  # told now, and not after the data are prepared
     return origin
 
 

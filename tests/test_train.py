@@ -215,6 +215,8 @@ def test_a_start_that_does_not_fit_is_refused(finished, data, tmp_path, changes,
         train.train(tiny(**{"data__dir": str(data), "init__run": str(finished)} | changes), tmp_path / "run")
     assert message in str(caught.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    if "vocab__kind" not in changes:  # the others are told before anything is made
+        assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_start_with_the_vocabulary_of_another_is_refused(finished, data, tmp_path):
