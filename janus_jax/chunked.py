@@ -45,6 +45,7 @@ class Walk:
     cross_entropies: tuple[tuple[str, str], ...]  # (term, stream)
     divergences: tuple[tuple[str, str, str], ...] = ()  # (term, stream, stream)
     learners: tuple[str, ...] = ()  # streams that the divergences have a gradient by
+    one_way: bool = False  # KL(first stream || second) in place of the mean of both ways
 
     def terms(self) -> tuple[str, ...]:
         """Names of everything summed up: `ar`, `nll_ar`, ..."""
@@ -119,11 +120,16 @@ def _walks(config: LossConfig) -> tuple[Walk, ...]:
         both = ("ar", "ar_again")
         return (Walk("tokens", both, twice, (("kl_rdrop", *both),), both),)
     cross_entropies = tuple((name, name) for name in losses.CROSS_ENTROPIES if name in used)
-    pairs = tuple((name, *pair) for name, pair in losses.DIVERGENCES.items() if name in used)
+    one_way = config.kl_form == "one_way"
+    pairs = tuple(
+        (name, *(sorted(pair, key=losses.RANK.index) if one_way else pair))
+        for name, pair in losses.DIVERGENCES.items()
+        if name in used
+    )
     streams = tuple(dict.fromkeys(stream for _, *found in (*cross_entropies, *pairs) for stream in found))
     if streams == ("ar",):
         return (Walk("tokens", streams, cross_entropies),)
-    over_m = Walk("masked", streams, cross_entropies, pairs, KL_LEARNERS[config.kl_learners])
+    over_m = Walk("masked", streams, cross_entropies, pairs, KL_LEARNERS[config.kl_learners], one_way)
     return (over_m, Walk("unmasked", ("ar",), (("ar", "ar"),))) if "ar" in used else (over_m,)
 
 
@@ -293,14 +299,15 @@ def _chunk(
         smoothed, nll = losses.label_smoothed(log_p[stream], truth, smoothing)
         sums[term] += jnp.sum(smoothed * item)
         sums[f"nll_{term}"] += jnp.sum(nll * item)
-    one_way = {}  # [c], KL of left from right and of right from left
+    ways: dict[str, tuple[jax.Array, ...]] = {}  # [c], KL of left from right, and of right from left
     for term, left, right in walk.divergences:
-        one_way[term] = (_kl(log_p[left], log_p[right]), _kl(log_p[right], log_p[left]))
-        sums[term] += jnp.sum(0.5 * (one_way[term][0] + one_way[term][1]) * item)
+        there = losses.kl(log_p[left], log_p[right])
+        ways[term] = (there,) if walk.one_way else (there, losses.kl(log_p[right], log_p[left]))
+        sums[term] += jnp.sum((there if walk.one_way else 0.5 * (there + ways[term][1])) * item)
     value = jnp.sum(jnp.stack([scales[n] * sums[n] for n in sums if n in scales]))
     if not gradient:
         return value, sums
-    by_logits = _gradients(walk, smoothing, log_p, one_way, truth, item, scales)
+    by_logits = _gradients(walk, smoothing, log_p, ways, truth, item, scales)
     return value, sums, *pull_back(by_logits)
 
 
@@ -308,7 +315,7 @@ def _gradients(
     walk: Walk,
     smoothing: float,
     log_p: Arrays,
-    one_way: Mapping[str, tuple[jax.Array, jax.Array]],
+    ways: Mapping[str, tuple[jax.Array, ...]],
     truth: jax.Array,
     item: jax.Array,
     scales: Arrays,
@@ -318,6 +325,7 @@ def _gradients(
     With p the softmax of logits z, y the truth smoothed, and d = log p - log q:
       cross-entropy of p       by z: p - y
       (KL(p||q) + KL(q||p)) / 2    : (p d + p - q - p KL(p||q)) / 2, where p learns from it
+      KL(p||q)                     : p d - p KL(p||q); by the logits of q: q - p
     """
     found = {name: jnp.float32(0) for name in log_p}
     p = {name: jnp.exp(x) for name, x in log_p.items()}
@@ -326,16 +334,17 @@ def _gradients(
         here = truth[:, None] == jnp.arange(size)
         smoothed = jnp.where(here, 1 - smoothing, 0.0) + smoothing / size
         found[stream] += scales[term] * (p[stream] - smoothed)
-    for term, *pair in walk.divergences:
-        for (one, other), kl in zip((pair, pair[::-1]), one_way[term], strict=True):
-            if one not in walk.learners:
-                continue
-            apart = log_p[one] - log_p[other]
-            found[one] += scales[term] * 0.5 * (p[one] * (apart + 1 - kl[:, None]) - p[other])
+    for term, left, right in walk.divergences:
+        if walk.one_way:
+            (kl,) = ways[term]
+            by = {left: p[left] * (log_p[left] - log_p[right] - kl[:, None]), right: p[right] - p[left]}
+        else:
+            by = {
+                one: 0.5 * (p[one] * (log_p[one] - log_p[other] + 1 - kl[:, None]) - p[other])
+                for one, other, kl in ((left, right, ways[term][0]), (right, left, ways[term][1]))
+            }
+        for one in walk.learners:
+            if one in by:
+                found[one] += scales[term] * by[one]
     # A stream may have no term that teaches it: only tied to, and not among the learners.
     return {name: jnp.broadcast_to(x, log_p[name].shape) * item[:, None] for name, x in found.items()}
-
-
-def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """KL(p||q): two of [c, V] -> [c]."""
-    return losses.product_of_rows(jnp.exp(log_p), log_p - log_q)

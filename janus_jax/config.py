@@ -22,6 +22,7 @@ import ml_collections
 
 OBJECTIVES = ("janus", "ar", "cmlm", "rdrop")
 KL_LEARNERS = {"all": ("ar", "nar", "aux"), "nar_aux": ("nar", "aux"), "ar": ("ar",)}
+KL_FORMS = ("symmetric", "one_way")
 AR_POSITIONS = ("code", "figure", "aligned")
 AR_STREAMS = ("query", "content")
 SAMPLERS = ("span", "uniform")
@@ -145,6 +146,8 @@ class LossConfig:
     kl_ar_nar: float = 1.0
     kl_warmup: float = 0.0  # share of the updates over which these three rise from 0 to what they are above
     kl_learners: str = "all"  # all | nar_aux | ar: whom these three teach; nar_aux leaves AR as it is
+    # symmetric | one_way: in place of the mean of both divergences, the one from the first of AUX, AR, NAR
+    kl_form: str = "symmetric"
     rdrop_alpha: float = 5.0  # objective rdrop: weight of its KL, as in the R-Drop paper
     chunk: int = 128  # slots whose logits exist at a time, on each device; 0: all of them (same numbers)
     # The decoder computes only what the loss reads; False: every stream at every place in every layer
@@ -376,6 +379,7 @@ def _faults(c: Config) -> Iterator[str]:
 
     yield from one_of("loss.objective", OBJECTIVES)
     yield from one_of("loss.kl_learners", tuple(KL_LEARNERS))
+    yield from one_of("loss.kl_form", KL_FORMS)
     yield from one_of("model.ar_positions", AR_POSITIONS)
     yield from one_of("model.ar_stream", AR_STREAMS)
     yield from one_of("model.norm", ("post", "pre"))

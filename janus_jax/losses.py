@@ -7,6 +7,8 @@ hosts or micro-batches, and a batch with nothing masked costs 0, not NaN.
   L = ar CE_AR + nar CE_NAR(M) + aux CE_AUX(M) + length CE_length
       + kl_nar_aux symKL(NAR, AUX) + kl_ar_aux symKL(AR at M, AUX) + kl_ar_nar symKL(AR at M, NAR)
 
+With `loss.kl_form` = one_way the KLs are KL(AUX||NAR), KL(AUX||AR at M) and KL(AR at M||NAR).
+
 Letters: B sentences, T target length, V vocabulary, C length classes.
 Room: pure core.  Imports batch and config.
 """
@@ -24,6 +26,7 @@ Terms = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
 
 CROSS_ENTROPIES = ("ar", "nar", "aux")
 DIVERGENCES = {"kl_nar_aux": ("nar", "aux"), "kl_ar_aux": ("ar", "aux"), "kl_ar_nar": ("ar", "nar")}
+RANK = ("aux", "ar", "nar")  # of two that are tied one way, the first teaches: AUX sees the most
 
 
 class Logits(Protocol):
@@ -153,7 +156,12 @@ def terms(
     tied = {name: x if name in learners else jax.lax.stop_gradient(x) for name, x in log_p.items()}
     for name, (left, right) in DIVERGENCES.items():
         if name in used:
-            found[name] = (jnp.sum(symmetric_kl(tied[left], tied[right]) * in_m), weight[name])
+            if config.kl_form == "symmetric":
+                apart = symmetric_kl(tied[left], tied[right])
+            else:
+                first, second = sorted((left, right), key=RANK.index)
+                apart = kl(tied[first], tied[second])
+            found[name] = (jnp.sum(apart * in_m), weight[name])
     if "kl_rdrop" in used:
         p, q = jnp.split(log_p["ar"], 2)
         found["kl_rdrop"] = (jnp.sum(symmetric_kl(p, q) * tokens), weight["kl_rdrop"])
@@ -201,6 +209,11 @@ def symmetric_kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     where `loss.kl_learners` says so.)
     """
     return 0.5 * product_of_rows(jnp.exp(log_p) - jnp.exp(log_q), log_p - log_q)
+
+
+def kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(p||q), summed over the vocabulary: two of [.., V] -> [..]."""
+    return product_of_rows(jnp.exp(log_p), log_p - log_q)
 
 
 def product_of_rows(a: jax.Array, b: jax.Array) -> jax.Array:

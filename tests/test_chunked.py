@@ -28,6 +28,9 @@ CONFIGS = {
     "AUX is only tied to": LossConfig(aux=0.0, kl_learners="ar"),
     "AR is only tied to": LossConfig(ar=0.0, kl_learners="nar_aux"),
     "AR alone learns": LossConfig(nar=0.0, aux=0.0, kl_learners="ar"),
+    "one way": LossConfig(kl_form="one_way"),
+    "AUX teaches one way": LossConfig(kl_form="one_way", kl_learners="ar", kl_nar_aux=0.0, kl_ar_nar=0.0),
+    "AUX is taught one way": LossConfig(kl_form="one_way", aux=0.0, kl_learners="nar_aux"),
     "no smoothing": LossConfig(label_smoothing=0.0),
 }
 

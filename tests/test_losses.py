@@ -113,6 +113,24 @@ def test_the_kl_terms_rise_from_nothing(outputs, batch):
         assert losses.kl_scale(other, jnp.int32(0), 100) is None
 
 
+def test_the_kl_terms_of_one_way(outputs, batch):
+    """The side that sees more is what the other is measured against."""
+    config = LossConfig(kl_form="one_way")
+    found = losses.terms(outputs, *batch, config, IDS)
+    both = losses.terms(outputs, *batch, LossConfig(), IDS)
+    log_p = {name: log_softmax(getattr(outputs, name)) for name in ("ar", "nar", "aux")}
+    masked = np.asarray(batch[1])
+    for name, (p, q) in {
+        "kl_nar_aux": ("aux", "nar"), "kl_ar_aux": ("aux", "ar"), "kl_ar_nar": ("ar", "nar")
+    }.items():  # fmt: skip
+        expected = np.sum(np.exp(log_p[p]) * (log_p[p] - log_p[q]), axis=-1)[masked].sum()
+        np.testing.assert_allclose(found[name][0], expected, rtol=1e-5, err_msg=name)
+        assert abs(expected - both[name][0]) > 1e-2
+        assert found[name][1] == both[name][1]
+    for name in set(found) - set(losses.DIVERGENCES):
+        np.testing.assert_array_equal(found[name][0], both[name][0])
+
+
 @pytest.mark.parametrize(
     ("learners", "moved"), [("all", "ar nar aux"), ("nar_aux", "nar aux"), ("ar", "ar")], ids=str
 )
