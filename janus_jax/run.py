@@ -188,7 +188,6 @@ def start_of(config: Config) -> Run | None:
 
     Raises:
       RunError: `init.run` is no run, or a model of another kind (names every key that differs).
-      checkpoint.NoCheckpointError: it has no checkpoint `init.checkpoint`.
     """
     if not config.init.run:
         return None
@@ -207,7 +206,6 @@ def start_of(config: Config) -> Run | None:
             f"init.run = {origin.folder} has another model, whose parameters do not fit:\n{lines}\n"
             "set these keys as they are there"
         )
-    origin.find(config.init.checkpoint)  # told now, and not after the data are prepared
     return origin
 
 

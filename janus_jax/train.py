@@ -66,6 +66,7 @@ def train(config: Config, workdir: paths.Name) -> int:
 
     Raises:
       run.RunError: the folder belongs to another run or is in use.
+      checkpoint.NoCheckpointError: `init.run` has no checkpoint `init.checkpoint`.
       paths.PathError: a URL that cannot hold a run.
       TrainingError: an update was not finite (`train.nonfinite` = stop).
       data.DataError, text.VocabularyError: unusable data.
@@ -73,6 +74,7 @@ def train(config: Config, workdir: paths.Name) -> int:
     workdir = paths.as_path(workdir)
     devices = mesh.make_mesh(config.mesh)
     with ExitStack() as stack:
+        _check_start(config, workdir)
         opened = processes.main_first(functools.partial(_open_run, config, workdir, stack))
         processes.say(f"{_described(devices)}, objective {config.loss.objective}")
         with (
@@ -95,6 +97,15 @@ def _draw(workdir: paths.AnyPath) -> None:
         print(f"no training curves: {error}", file=sys.stderr)
     else:
         print(f"training curves: {workdir / 'training.png'}")
+
+
+def _check_start(config: Config, workdir: paths.AnyPath) -> None:
+    """Looks for what a new run is to start from before anything is made, as `Run.start` reads it after that.
+
+    Called by all processes: Orbax opens no checkpoints for one of several.
+    """
+    if not run.Run(workdir, config).has_checkpoints() and (origin := run.start_of(config)):
+        origin.find(config.init.checkpoint)
 
 
 def _open_run(config: Config, workdir: paths.AnyPath, stack: ExitStack) -> run.Run:
