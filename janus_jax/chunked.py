@@ -120,15 +120,11 @@ def _walks(config: LossConfig) -> tuple[Walk, ...]:
         both = ("ar", "ar_again")
         return (Walk("tokens", both, twice, (("kl_rdrop", *both),), both),)
     cross_entropies = tuple((name, name) for name in losses.CROSS_ENTROPIES if name in used)
-    one_way = config.kl_form == "one_way"
-    pairs = tuple(
-        (name, *(sorted(pair, key=losses.RANK.index) if one_way else pair))
-        for name, pair in losses.DIVERGENCES.items()
-        if name in used
-    )
+    pairs = tuple((name, *pair) for name, pair in losses.DIVERGENCES.items() if name in used)
     streams = tuple(dict.fromkeys(stream for _, *found in (*cross_entropies, *pairs) for stream in found))
     if streams == ("ar",):
         return (Walk("tokens", streams, cross_entropies),)
+    one_way = config.kl_form == "one_way"
     over_m = Walk("masked", streams, cross_entropies, pairs, KL_LEARNERS[config.kl_learners], one_way)
     return (over_m, Walk("unmasked", ("ar",), (("ar", "ar"),))) if "ar" in used else (over_m,)
 

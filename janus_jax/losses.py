@@ -25,8 +25,8 @@ from janus_jax.config import KL_LEARNERS, LossConfig, SpecialIds
 Terms = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight), float32 scalars
 
 CROSS_ENTROPIES = ("ar", "nar", "aux")
-DIVERGENCES = {"kl_nar_aux": ("nar", "aux"), "kl_ar_aux": ("ar", "aux"), "kl_ar_nar": ("ar", "nar")}
-RANK = ("aux", "ar", "nar")  # of two that are tied one way, the first teaches: AUX sees the most
+# Of two that are tied one way, the first teaches: AUX sees the most.
+DIVERGENCES = {"kl_nar_aux": ("aux", "nar"), "kl_ar_aux": ("aux", "ar"), "kl_ar_nar": ("ar", "nar")}
 
 
 class Logits(Protocol):
@@ -156,12 +156,8 @@ def terms(
     tied = {name: x if name in learners else jax.lax.stop_gradient(x) for name, x in log_p.items()}
     for name, (left, right) in DIVERGENCES.items():
         if name in used:
-            if config.kl_form == "symmetric":
-                apart = symmetric_kl(tied[left], tied[right])
-            else:
-                first, second = sorted((left, right), key=RANK.index)
-                apart = kl(tied[first], tied[second])
-            found[name] = (jnp.sum(apart * in_m), weight[name])
+            apart = kl if config.kl_form == "one_way" else symmetric_kl
+            found[name] = (jnp.sum(apart(tied[left], tied[right]) * in_m), weight[name])
     if "kl_rdrop" in used:
         p, q = jnp.split(log_p["ar"], 2)
         found["kl_rdrop"] = (jnp.sum(symmetric_kl(p, q) * tokens), weight["kl_rdrop"])

@@ -147,7 +147,7 @@ class Run:
         return checkpoint.restore_params(self.checkpoints, steps[0], part), f"step {steps[0]}"
 
     def find(self, which: str) -> list[int]:
-        """The steps that `which`, as `params` has it, is made of; nothing is read.
+        """The steps that `which`, as `params` has it, is made of; no parameters are read.
 
         Raises:
           RunError, checkpoint.NoCheckpointError: as `params`.

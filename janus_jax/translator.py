@@ -306,17 +306,14 @@ def _checked(options: DecodeConfig) -> DecodeConfig:
     # Types are part of what is asked: True equals 1, and is no number of passes.
     asked = tuple((key, type(value), value) for key, value in vars(options).items())
     try:
-        hash(asked)
-    except TypeError:  # of a list, say, which no option is
         return _check(asked)
-    return _check_once(asked)
+    except TypeError:  # no hash: a list, say, which no option is
+        return _check.__wrapped__(asked)
 
 
+@functools.lru_cache(maxsize=256)
 def _check(asked: tuple[tuple[str, type, Any], ...]) -> DecodeConfig:
     return from_dict({"decode": {key: value for key, _, value in asked}}).decode
-
-
-_check_once = functools.lru_cache(maxsize=256)(_check)
 
 
 def modes_of(loss: LossConfig) -> tuple[str, ...]:
