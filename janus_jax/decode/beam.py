@@ -38,7 +38,7 @@ from jax import lax
 
 from janus_jax.config import SpecialIds
 from janus_jax.decode.leaving import parts, until_done
-from janus_jax.decode.symbols import allowed, best
+from janus_jax.decode.symbols import allowed, best, top
 
 Step = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 Reorder = Callable[[Any, jax.Array], Any]
@@ -335,12 +335,12 @@ def _expand(
     # No beam gives more than K of the best K, so the vocabulary is searched once, beam by beam, on raw
     # logits; ties fall to the lower slot, then to the lower symbol, as in one search over N x V.
     each = min(2 * beam, vocabulary)
-    top, tokens = lax.top_k(admitted.reshape(rows * beam, vocabulary), each)
-    log_probs = (top.reshape(rows, beam, each) - log_z[..., None]).reshape(rows, beam * each)
+    highest, tokens = top(admitted.reshape(rows * beam, vocabulary), each)
+    log_probs = (highest.reshape(rows, beam, each) - log_z[..., None]).reshape(rows, beam * each)
     totals = (jnp.repeat(sums, each, axis=1) + log_probs).reshape(rows, beam * each)
-    best, flat = lax.top_k(totals, min(2 * beam, beam * each))
+    sums, flat = lax.top_k(totals, min(2 * beam, beam * each))
     return _Candidates(
-        sums=best,
+        sums=sums,
         tokens=jnp.take_along_axis(tokens.reshape(rows, beam * each), flat, axis=1),
         parents=flat // each,
         log_probs=jnp.take_along_axis(log_probs, flat, axis=1),
