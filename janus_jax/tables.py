@@ -88,10 +88,6 @@ PREDICTED, TRUE = "predicted", "of the references"  # lengths that NAR decoded a
 SAMPLES = 1000  # resamples of the bootstrap
 
 
-class TablesError(ValueError):
-    """What no table can be made of; the message says why and what to do."""
-
-
 @dataclass(frozen=True)
 class Way:
     """A manner of decoding that the table has a column for."""
