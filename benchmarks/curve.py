@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 from benchmarks import common
 from janus_jax import mesh, plots, report, run, score, ways
 from janus_jax.data.sources import open_split
+from janus_jax.engine import Report
 from janus_jax.paths import as_path
 from janus_jax.prepare import bring_data
 from janus_jax.translator import Translator
@@ -232,7 +233,7 @@ def _warm(
     row: dict[str, Any],
 ) -> tuple[list[str], float]:
     """Decodes all, and everything that will be timed, once -> (the texts, seconds spent compiling)."""
-    decode = functools.partial(_decode, translator, system)
+    decode = functools.partial(decode_with, translator, system)
     texts, took = decode(sources, BATCHES[-1])
     row["tokens_per_sentence"] = took.tokens / len(sources)
     row["passes_per_sentence"] = took.passes / len(sources) or None
@@ -246,13 +247,16 @@ def _warm(
 
 
 def _round(translator: Translator, system: System, sources: list[str], sentences: int, stream: int) -> Round:
-    latencies = [_decode(translator, system, [line], 1)[1].seconds for line in sources[:sentences]]
+    latencies = [decode_with(translator, system, [line], 1)[1].seconds for line in sources[:sentences]]
     lines = sources[:stream]
-    rates = {size: len(lines) / _decode(translator, system, lines, size)[1].seconds for size in BATCHES}
+    rates = {size: len(lines) / decode_with(translator, system, lines, size)[1].seconds for size in BATCHES}
     return Round(latencies, rates)
 
 
-def _decode(translator: Translator, system: System, lines: list[str], size: int) -> tuple[list[str], Any]:
+def decode_with(
+    translator: Translator, system: System, lines: list[str], size: int
+) -> tuple[list[str], Report]:
+    """The texts of `lines`, `size` sentences at a time, and what it took."""
     # Beams and candidates count towards decode.tokens: enough for `size` sentences of any length.
     config = translator.config
     width = max(config.decode.beam, config.decode.candidates, *_widths(system))
@@ -294,7 +298,7 @@ def _peak(workdir: str, checkpoint: str, dtype: str, system: System, lines: list
     """Peak memory of this process, which decodes nothing else, and what it had before decoding."""
     translator = load(workdir, checkpoint, dtype)
     before = common.peak_host_bytes()
-    _decode(translator, system, lines, BATCHES[-1])
+    decode_with(translator, system, lines, BATCHES[-1])
     device = mesh.device_memory_stats().get("peak_bytes_in_use")
     return {"host_bytes": common.peak_host_bytes(), "host_bytes_before": before, "device_bytes": device}
 

@@ -4,13 +4,14 @@
 #   benchmarks/gpu.sh [OUT] [RUN]
 #
 # OUT (default runs/benchmarks-gpu) gets JSON, tables, pictures and one log for each part; RUN, a trained run, adds
-# the quality/speed curve.  The update of the WMT14 size comes with its utilisation and a profile.  Makes
-# .venv-gpu (jax with CUDA) and .venv-peers first.  A part that fails is named at the end with its reason, and the
-# others go on.  CUDA=cuda13 chooses another build of jax; TORCH another torch.  On a machine that has them all,
-# PYTHON=python3 PEERS=python3 installs nothing: jax for GPUs and what we need in the one, torch and transformers
-# in the other.  PARTS="peers step" does these parts alone (curve, peers, peers-base, growth, step-wmt14, step).
+# where a sentence's time goes and the quality/speed curve.  The update of the WMT14 size comes with its utilisation
+# and a profile.  Makes .venv-gpu (jax with CUDA) and .venv-peers first.  A part that fails is named at the end with
+# its reason, and the others go on.  CUDA=cuda13 chooses another build of jax; TORCH another torch.  On a machine
+# that has them all, PYTHON=python3 PEERS=python3 installs nothing: jax for GPUs and what we need in the one, torch
+# and transformers in the other.  PARTS="peers step" does these parts alone (sentence, curve, peers, peers-base,
+# growth, step-wmt14, step).
 set -uo pipefail
-case "${1:-}" in -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.." || exit 1
 out=${1:-runs/benchmarks-gpu} run=${2:-}
 venv=.venv-gpu
@@ -37,7 +38,10 @@ install() {
 part install install
 part device "$python" -c 'import jax; d = jax.devices(); print(d); raise SystemExit(d[0].platform != "gpu" and f"no GPU: {d}")'
 if [ ${#failed[@]} = 0 ]; then
-  if [ -n "$run" ]; then part curve "$python" -m benchmarks.curve --workdir="$run" --output_dir="$out" --dtype=bfloat16; fi
+  if [ -n "$run" ]; then
+    part sentence "$python" -m benchmarks.sentence --workdir="$run" --output_dir="$out" --dtype=bfloat16
+    part curve "$python" -m benchmarks.curve --workdir="$run" --output_dir="$out" --dtype=bfloat16
+  fi
   # Where the peers' python is given, it is taken as it is; else peers.sh makes one.
   peers=(env PYTHON="$python" benchmarks/peers.sh)
   [ -z "${PEERS:-}" ] || peers=("$python" -m benchmarks.peers --python="$PEERS")

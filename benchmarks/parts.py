@@ -6,21 +6,16 @@ backward.  Threads and streams that work side by side are added up, so shares ar
 Inside a CUDA graph a library's kernels bear no name of ours: XLA_FLAGS=--xla_gpu_enable_command_buffer= does
 without graphs.
 
-Room: beside the package.  [disk, devices].
+Room: beside the package.  Pure.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable
 
-import jax
-
+from benchmarks.trace import Event
 from janus_jax import hlo
 
 # The first that is found in an instruction's op_name.
@@ -40,13 +35,6 @@ OTHER = "optimiser and the rest"
 HOLDERS = frozenset({"while", "conditional", "call", "tuple", "get-tuple-element", "parameter"})
 
 
-def trace(run: Callable[[], Any], folder: Path) -> Path:
-    """Profiles one call of `run`; returns the trace's file below `folder`."""
-    with jax.profiler.trace(str(folder), create_perfetto_trace=True):
-        jax.block_until_ready(run())
-    return max(folder.rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
-
-
 def origins(program: str) -> dict[str, str]:
     """{instruction: op_name} of a compiled program's text, less instructions that only hold others."""
     lines = (i for computation in hlo.parse(program).computations.values() for i in computation)
@@ -61,20 +49,13 @@ def part(op_name: str) -> str:
     return OTHER
 
 
-def seconds_by_part(path: Path, program: str) -> dict[str, float]:
-    """Seconds of work of each part of a program in a trace, most first; {} where it names none of them."""
+def seconds_by_part(events: Iterable[Event], program: str) -> dict[str, float]:
+    """Seconds of work of each part of a program in a profile, most first; {} where it names none of them."""
     known = origins(program)
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        events = json.load(lines)["traceEvents"]
-    held = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
-    devices = {pid for pid, name in held.items() if name.startswith("/device:")}
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for event in events:
-        if devices and event.get("pid") not in devices:
-            continue  # the host's own events, which bear the names of what it launches
         # Inside a CUDA graph the instruction is that of the graph, and a kernel bears its own fusion's name.
-        names = (event.get("name", ""), event.get("args", {}).get("hlo_op", ""))
-        name = next((name for name in names if name in known), None)
-        if event.get("ph") == "X" and name:
-            found[part(known[name])] += event["dur"] / 1e6
-    return dict(found.most_common())
+        name = next((name for name in (event.name, event.hlo_op) if name in known), None)
+        if event.on_device and name:
+            found[part(known[name])] += event.seconds
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

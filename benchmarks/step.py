@@ -33,7 +33,7 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks import common, parts
+from benchmarks import common, parts, trace
 from janus_jax import bench, chips, cli, cost, losses, mesh, optim, report, run, step
 from janus_jax.config import Config
 from janus_jax.models import Janus, Params
@@ -147,9 +147,8 @@ def measure(
         row["flops_to_AR"] = row["flops"] / found["AR"]["flops"] if "AR" in systems else None
         row["utilisation"] = chip and row["model_flops"] / row["median_s"] / chip.flops
     if profiled:
-        found[OURS]["profile"] = parts.seconds_by_part(
-            parts.trace(lambda: compiled[OURS](state, batch), profiled), compiled[OURS].as_text()
-        )
+        taken = trace.take(lambda: compiled[OURS](state, batch), profiled)
+        found[OURS]["profile"] = parts.seconds_by_part(trace.events(taken), compiled[OURS].as_text())
     return {
         "systems": found,
         "rows": rows,

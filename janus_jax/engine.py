@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +29,16 @@ from janus_jax.generate import SPARE, Generator, memory_axes
 KEPT = 160
 
 ROWS, WHOLE = PartitionSpec(sharding.ROWS), PartitionSpec()
+
+# What a profile calls the host's part of decoding, in order; `benchmarks.sentence` adds them up.
+Span = Literal[
+    "tokenise", "start the encoder", "wait for lengths", "start writing", "wait for the text", "read back"
+]
+
+
+def span(name: Span) -> jax.profiler.TraceAnnotation:
+    """Gives what is done inside its name in a profile, where one is being taken."""
+    return jax.profiler.TraceAnnotation(name)
 
 
 @dataclass
@@ -115,17 +125,20 @@ class Engine:
             (memory, tried), slots = self._remember(generator, source, report, ROWS, lengths, spare=SPARE)
             verify = functools.partial(generator.doing("draft_and_verify").draft_and_verify, slots=slots)
             encoded = ((memory, memory_axes(ROWS)), (tried, ROWS))
-            drafted = self._call(verify, (slots,), report, placed, *encoded, out=ROWS)
+            with span("start writing"):
+                drafted = self._call(verify, (slots,), report, placed, *encoded, out=ROWS)
             return lambda: Written(*jax.device_get((drafted.tokens, drafted.scores, drafted.passes)))
         if decode == "ar":
             write = generator.doing("autoregressive").autoregressive
-            result = self._call(write, (), report, (self._place(source), ROWS), out=ROWS)
+            with span("start writing"):
+                result = self._call(write, (), report, (self._place(source), ROWS), out=ROWS)
             no_passes = np.zeros(len(source), np.int32)
             return lambda: Written(*jax.device_get((result.tokens, result.scores, no_passes)))
         (memory, tried), slots = self._remember(generator, source, report, ROWS, lengths)
         refine = functools.partial(generator.doing("non_autoregressive").non_autoregressive, slots=slots)
         args = ((memory, memory_axes(ROWS)), (tried, ROWS))
-        _, result = self._call(refine, (slots,), report, *args, out=ROWS)
+        with span("start writing"):
+            _, result = self._call(refine, (slots,), report, *args, out=ROWS)
 
         def best_first() -> Written:
             kept = result.tokens, result.scores, result.lengths, result.passes
@@ -164,9 +177,11 @@ class Engine:
         given = [source] if lengths is None else [source, lengths]
         place = self._place if rows == ROWS else lambda x: jax.device_put(x, mesh.replicated(self._mesh))
         encode = generator.doing("remember").remember
-        args = [(place(x), rows) for x in given]
-        found = self._call(encode, (), report, *args, out=(memory_axes(rows), rows))
-        longest = int(jax.device_get(found[1]).max()) + spare
+        with span("start the encoder"):
+            args = [(place(x), rows) for x in given]
+            found = self._call(encode, (), report, *args, out=(memory_axes(rows), rows))
+        with span("wait for lengths"):
+            longest = int(jax.device_get(found[1]).max()) + spare
         most = generator.slots(source.shape[1]) + 1
         return found, min([b for b in self._config.batch.buckets if longest <= b < most], default=most)
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from janus_jax import losses, processes, run
 from janus_jax.config import Config, ConfigError, DecodeConfig, LossConfig, ModelConfig, from_dict
-from janus_jax.engine import Engine, Report, Written
+from janus_jax.engine import Engine, Report, Written, span
 from janus_jax.generate import EMPTY, Generator, with_options
 from janus_jax.models import init_params
 from janus_jax.text import Vocabulary, clean_line
@@ -189,16 +189,19 @@ class Translator:
         width = _width(decode, generator.decode)
         report, start = Report(sentences=len(lines)), time.perf_counter()
         found: list[list[Hypothesis]] = [[Hypothesis("", 0.0, 0)] for _ in lines]
-        sources = self._encode(lines, report)
+        with span("tokenise"):
+            sources = self._encode(lines, report)
         on_batch(len(lines) - len(sources))
         sent: deque[tuple[list[int], Callable[[], Written]]] = deque()
 
         def write_down(chunk: list[int], wait: Callable[[], Written]) -> None:
-            written = wait()
-            for row, line in enumerate(chunk):
-                found[line] = self._read(written.tokens[row], written.scores[row], nbest)
-                report.tokens += found[line][0].tokens
-                report.passes += int(written.passes[row])
+            with span("wait for the text"):
+                written = wait()
+            with span("read back"):
+                for row, line in enumerate(chunk):
+                    found[line] = self._read(written.tokens[row], written.scores[row], nbest)
+                    report.tokens += found[line][0].tokens
+                    report.passes += int(written.passes[row])
             report.batches += 1
             on_batch(len(chunk))
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import common, curve, forced, growth, peers
+from benchmarks import common, curve, forced, growth, peers, sentence
 from janus_jax import ways
 from janus_jax.config import ModelConfig
 from janus_jax.convert import load_bart
@@ -98,6 +98,30 @@ def test_a_run_that_is_none_is_one_line(tmp_path, capsys):
     assert curve.main([f"--workdir={tmp_path}"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"benchmarks.curve: error: {tmp_path} is not a run directory")
+
+
+def test_where_the_time_of_a_sentence_goes(tiny_run, tmp_path, capsys):
+    systems = (curve.GREEDY, curve.System("NAR", "T = 2", ways.nar(2, 1)))
+    sentence.sentence(str(tiny_run.folder), tmp_path, sentences=3, rounds=2, systems=systems)
+    assert {p.name for p in tmp_path.iterdir()} == {"sentence.json", "sentence.md", "traces"}
+    stored = json.loads((tmp_path / "sentence.json").read_text("utf-8"))
+    assert stored["sentences"] == 3
+    for name, row in stored["systems"].items():
+        spans = row["spans_s"]
+        asked = {"start the encoder", "wait for lengths"}
+        assert {span for span in asked if spans[span]} == (set() if name == "AR, greedy" else asked)
+        assert all(seconds > 0 for span, seconds in spans.items() if span not in asked)
+        assert sum(spans.values()) + row["rest_s"] == pytest.approx(row["profiled_mean_s"])
+        assert row["rest_s"] > 0
+        assert 0 < row["device_s"] < row["profiled_mean_s"]
+        assert row["device_events"] > 1
+    assert "wait for the text" in capsys.readouterr().out
+
+
+def test_a_sentence_of_a_run_that_is_none_is_one_line(tmp_path, capsys):
+    assert sentence.main([f"--workdir={tmp_path}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"benchmarks.sentence: error: {tmp_path} is not a run directory")
 
 
 def test_a_curve_of_some_systems(capsys):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import parts
+from benchmarks import parts, trace
 from benchmarks import step as benchmark
 from janus_jax import bench, config, cost, losses, run, step
 
@@ -128,23 +128,32 @@ ENTRY %main (a: f32[8,8]) -> f32[8] {
   ROOT %dot.3 = f32[8]{0} dot(%c), metadata={op_name="jit(f)/transpose(jvp(J))/decoder/cross"}
 }
 """
-    events = [
+    listed = [
         {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "/device:GPU:0"}},
         {"ph": "M", "pid": 2, "name": "process_name", "args": {"name": "/host:CPU"}},
-        {"ph": "X", "pid": 1, "name": "fusion.1", "dur": 5.0, "args": {"hlo_op": "command_buffer"}},
-        {"ph": "X", "pid": 1, "name": "nvjet_sm90", "dur": 7.0, "args": {"hlo_op": "dot.3"}},
-        {"ph": "X", "pid": 1, "name": "nvjet_sm90", "dur": 11.0, "args": {"hlo_op": "command_buffer"}},
-        {"ph": "X", "pid": 2, "name": "dot.3", "dur": 90.0},
+        {"ph": "X", "pid": 1, "ts": 0, "name": "fusion.1", "dur": 5.0, "args": {"hlo_op": "command_buffer"}},
+        {"ph": "X", "pid": 1, "ts": 3, "name": "nvjet_sm90", "dur": 7.0, "args": {"hlo_op": "dot.3"}},
+        {"ph": "X", "pid": 1, "ts": 30, "name": "nvjet", "dur": 11.0, "args": {"hlo_op": "command_buffer"}},
+        {"ph": "X", "pid": 2, "tid": 4, "ts": 0, "name": "dot.3", "dur": 90.0},
     ]
-    path = tmp_path / "trace.json.gz"
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        json.dump({"traceEvents": events}, file)
-    found = parts.seconds_by_part(path, program)
+    events = written_profile(tmp_path, listed)
+    found = parts.seconds_by_part(events, program)
     assert found == {"decoder, cross-attention, backward": 7e-6, "encoder, feed-forward, forward": 5e-6}
-    events = [{**event, "pid": 2} for event in events if event["ph"] == "X"]  # all on the host, as a CPU
+    assert trace.busy(e for e in events if e.on_device) == pytest.approx(21e-6)  # 0 to 10, 30 to 41
+    workers = {"ph": "M", "pid": 2, "tid": 4, "name": "thread_name", "args": {"name": "tf_XLAEigen/7"}}
+    listed = [workers, *({**event, "pid": 2} for event in listed if event["ph"] == "X")]  # all as on a CPU
+    events = written_profile(tmp_path, listed)
+    found = parts.seconds_by_part(events, program)
+    assert found["decoder, cross-attention, backward"] == pytest.approx(97e-6)
+    assert [e.on_device for e in events] == [True] * 4
+
+
+def written_profile(folder, listed):
+    """The events of a profile that holds these."""
+    path = folder / "trace.json.gz"
     with gzip.open(path, "wt", encoding="utf-8") as file:
-        json.dump({"traceEvents": events}, file)
-    assert parts.seconds_by_part(path, program)["decoder, cross-attention, backward"] == pytest.approx(97e-6)
+        json.dump({"traceEvents": listed}, file)
+    return trace.events(path)
 
 
 @pytest.mark.parametrize(
