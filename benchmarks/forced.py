@@ -1,7 +1,7 @@
 """Decoding programs that write a given number of symbols, so that engines and sizes can be compared.
 
 The real step functions and loops of the package, with the length taken out of the model's hands: no EOS
-before the limit (AR), a canvas of the given length (NAR).
+before the limit (AR), a canvas of the given length (NAR).  Parameters as `models.apart` lays them out.
 
 Letters: B sentences, N beams, S source length, T symbols written (neither BOS nor EOS counted).
 Room: beside the package.  Pure.
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from janus_jax.config import ModelConfig
 from janus_jax.decode import beam, mask_predict
-from janus_jax.models import ArCache, Janus, Memory, Params, empty_cache
+from janus_jax.models import ArCache, Janus, Memory, Params, apart, empty_cache
 
 
 @functools.partial(jax.jit, static_argnames=("model", "width", "length"))
@@ -28,6 +28,7 @@ def autoregressive(
 
     T + 1 steps: the last writes the EOS, at no cost, and counts against us where others stop at T.
     """
+    params = apart(params, model)
     memory = _apply(model, params, "remember", source)
     slots = length + 1
     options = beam.BeamOptions(
@@ -49,6 +50,7 @@ def non_autoregressive(
     params: Params, source: jax.Array, *, model: ModelConfig, iterations: int, length: int
 ) -> jax.Array:
     """Mask-predict, one candidate, all passes: [B, S] int32 -> [B, T + 1] int32, EOS at the end."""
+    params = apart(params, model)
     memory = _apply(model, params, "remember", source)
     options = mask_predict.MaskPredictOptions(
         ids=model.ids, max_length=length + 2, iterations=iterations, early_stop=False

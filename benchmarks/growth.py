@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import common, forced
 from janus_jax import cli, report
 from janus_jax.config import ModelConfig
-from janus_jax.models import init_params
+from janus_jax.models import apart, init_params
 
 SOURCE = 32  # symbols of each source, on every axis
 
@@ -117,7 +117,8 @@ def measure(at: Point, model: ModelConfig, rounds: int, *, passes_only: bool) ->
     """
     reach = max(at.length, SOURCE) + 2
     model = dataclasses.replace(model, vocab_size=at.vocabulary, max_positions=reach, max_length=reach)
-    params = jax.jit(functools.partial(init_params, config=model))(jax.random.key(0))
+    drawn = jax.jit(functools.partial(init_params, config=model))(jax.random.key(0))
+    params = jax.device_put(apart(jax.tree.map(np.asarray, drawn), model))
     source = sources(at, model)
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], float]] = {}

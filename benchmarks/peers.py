@@ -37,6 +37,7 @@ from benchmarks import common, forced
 from janus_jax import mesh, report
 from janus_jax.config import ModelConfig
 from janus_jax.convert import load_bart
+from janus_jax.models import apart
 
 SETTLE = 0.2  # seconds before each system: threads of the other process may still spin
 ORDINARY = 5  # symbols below are special
@@ -278,12 +279,13 @@ def compare(
         write_bart(folder, size, max_positions=max(64, shape.source + 2, shape.length + 2))
         model, params = load_bart(folder / "model.safetensors", folder / "config.json")
         model = dataclasses.replace(model, dtype=dtype, max_length=max(model.max_length, shape.length + 2))
+        laid_out = jax.device_put(apart(params, model))
         loaded = peer.ask(do="load", model=name, threads=facts["threads"], device=device)
         for system, why in loaded["absent"].items():
             print(f"left out: {system}: {why}", file=sys.stderr)
         described = {system: dict(value) for system, value in loaded["systems"].items()}
         runs: dict[str, Run] = {system: functools.partial(peer.run, system) for system in described}
-        for system, (description, run) in ours(jax.device_put(params), model).items():
+        for system, (description, run) in ours(laid_out, model).items():
             described[system], runs[system] = description, run
         measured = {
             system: {**description, "batches": {}} for system, description in described.items()

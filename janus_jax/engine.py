@@ -4,7 +4,7 @@ The sentences of a batch are divided over the devices of this process, each of w
 and decodes its own sentences without a word to the others; so a device whose sentences are done is done.
 
 Letters: B sentences of a decoding batch, G beams or length candidates, S source length, T target slots.
-Room: [devices].  Imports generate, mesh, sharding and config; knows no text.
+Room: [devices].  Imports generate, models, mesh, sharding and config; knows no text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec
 
 from janus_jax import mesh, sharding
 from janus_jax.config import Config
-from janus_jax.generate import SPARE, Generator, memory_axes
+from janus_jax.generate import SPARE, Generator
+from janus_jax.models import apart
 
 # Most programs kept.  On CPU each takes some 270 of the 65,530 memory maps that Linux grants a process;
 # beyond them LLVM cannot compile, and ends the process.
@@ -91,12 +92,13 @@ class Engine:
 
     @property
     def params(self) -> Any:
-        """The parameters, on the devices."""
+        """The parameters as decoding reads them (`models.apart`), on the devices."""
         return self._params
 
     def set_params(self, params: Any) -> None:
         """Other parameters of the same model; what is compiled stays."""
-        self._params = jax.device_put(params, mesh.replicated(self._mesh))
+        laid_out = apart(jax.tree.map(np.asarray, params), self._config.model)
+        self._params = jax.device_put(laid_out, mesh.replicated(self._mesh))
 
     def start(
         self,
@@ -124,7 +126,7 @@ class Engine:
             placed = (self._place(source), ROWS)
             (memory, tried), slots = self._remember(generator, source, report, ROWS, lengths, spare=SPARE)
             verify = functools.partial(generator.doing("draft_and_verify").draft_and_verify, slots=slots)
-            encoded = ((memory, memory_axes(ROWS)), (tried, ROWS))
+            encoded = ((memory, ROWS), (tried, ROWS))
             with span("start writing"):
                 drafted = self._call(verify, (slots,), report, placed, *encoded, out=ROWS)
             return lambda: Written(*jax.device_get((drafted.tokens, drafted.scores, drafted.passes)))
@@ -136,7 +138,7 @@ class Engine:
             return lambda: Written(*jax.device_get((result.tokens, result.scores, no_passes)))
         (memory, tried), slots = self._remember(generator, source, report, ROWS, lengths)
         refine = functools.partial(generator.doing("non_autoregressive").non_autoregressive, slots=slots)
-        args = ((memory, memory_axes(ROWS)), (tried, ROWS))
+        args = ((memory, ROWS), (tried, ROWS))
         with span("start writing"):
             _, result = self._call(refine, (slots,), report, *args, out=ROWS)
 
@@ -179,7 +181,7 @@ class Engine:
         encode = generator.doing("remember").remember
         with span("start the encoder"):
             args = [(place(x), rows) for x in given]
-            found = self._call(encode, (), report, *args, out=(memory_axes(rows), rows))
+            found = self._call(encode, (), report, *args, out=rows)
         with span("wait for lengths"):
             longest = int(jax.device_get(found[1]).max()) + spare
         most = generator.slots(source.shape[1]) + 1

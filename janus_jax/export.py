@@ -118,7 +118,9 @@ def export(
             folder, generator, decode, opened.config, translator.params, batch_size, platforms
         )
         arrays = io.BytesIO()
-        named: dict[str, Any] = {n: np.asarray(x) for n, (_, x) in zip(names, leaves, strict=True)}
+        # numpy knows no bfloat16; the loader casts, which gives the same numbers again.
+        plain = (np.asarray(x, np.float32 if x.dtype == jnp.bfloat16 else None) for _, x in leaves)
+        named: dict[str, Any] = dict(zip(names, plain, strict=True))
         np.savez(arrays, **named)
         (folder / PARAMS).write_bytes(arrays.getbuffer())
         translator.vocabulary.save(folder)
@@ -139,6 +141,7 @@ def export(
             "model": opened.config.to_dict()["model"],
             "versions": {name: versions.get(name) for name in LISTED},
             "params": names,
+            "dtypes": [str(x.dtype) for _, x in leaves],
             "programs": entries,
             "files": {
                 str(path.relative_to(folder)): _described(path)

@@ -33,9 +33,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 
-FORMAT = 1  # of the folder; raised when an older loader could not run it
+FORMAT = 2  # of the folder; raised when an older loader could not run it
 KIND = "janus_jax export"
 MANIFEST, PARAMS, VOCABULARY, LOADER = "manifest.json", "params.npz", "vocab.model", "load.py"
 
@@ -77,7 +78,7 @@ class Exported:
 
         Args:
           manifest: of the export.
-          params: arrays in the order of the manifest.
+          params: arrays in the order of the manifest, of its dtypes.
           programs: {file name: function}.
           vocabulary: the SentencePiece model.
         """
@@ -111,7 +112,8 @@ class Exported:
             if name.startswith("programs/")
         }
         with np.load(io.BytesIO(contents.pop(PARAMS)), allow_pickle=False) as arrays:
-            params = [arrays[name] for name in manifest["params"]]
+            named = zip(manifest["params"], manifest["dtypes"], strict=True)
+            params = [arrays[name].astype(jnp.dtype(dtype)) for name, dtype in named]
         return cls(manifest, params, programs, contents[VOCABULARY])
 
     def translate(
@@ -283,6 +285,7 @@ KEYS: dict[str, type] = {
     "vocab_size": int,
     "versions": dict,
     "params": list,
+    "dtypes": list,
     "programs": list,
     "files": dict,
 }

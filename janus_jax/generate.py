@@ -1,7 +1,8 @@
 """From a batch of sources to token ids, both ways: the model's functions bound to the decode loops.
 
 Pure functions of (parameters, arrays), to be jit-compiled by whoever calls them; the options are
-static.  Results do not depend on the batch a sentence is in, nor on padding.
+static.  Parameters come as training has them or, better, as `models.apart` lays them out, once for all calls.
+Results do not depend on the batch a sentence is in, nor on padding.
 
 Letters: B sentences, G beams or length candidates, S source length, T target slots, V vocabulary.
 Room: pure core.  Imports models, decode and config.
@@ -17,11 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from janus_jax.config import DecodeConfig, ModelConfig
 from janus_jax.decode import beam, draft_verify, mask_predict, reading
-from janus_jax.models import ArCache, Janus, Memory, Params, empty_cache
+from janus_jax.models import ArCache, Janus, Memory, Params, apart, empty_cache
 
 EMPTY = mask_predict.EMPTY  # length of a target without tokens: BOS and EOS
 SPARE = draft_verify.SPARE  # slots of a draft's canvas beyond the predicted length
@@ -41,11 +41,7 @@ OPTIONS = {
 
 _State = tuple[ArCache, Memory]
 
-# Where B lies in what decoding remembers; numbers stand where arrays do.
-_BY_ROW: Any = 0
-_BY_LAYER: Any = 1
-MEMORY_AXES = Memory(layers=_BY_LAYER, mask=_BY_ROW, length_logits=_BY_ROW)
-STATE_AXES = (ArCache(content=_BY_ROW, sources=_BY_ROW), MEMORY_AXES)
+BY_ROW = 0  # where B lies in all that decoding remembers
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class Generator:
 
         The candidates lie around the likeliest length, or around `lengths` [B] where these are given.
         """
-        memory: Memory = self._apply(params, "remember", source)
+        memory: Memory = self._apply(apart(params, self.model), "remember", source)
         bounds: dict[str, Any] = {
             # BOS, one token, EOS: an empty answer to a source that is not empty is no answer
             "min_length": 3,
@@ -104,6 +100,7 @@ class Generator:
 
     def autoregressive(self, params: Params, source: jax.Array) -> beam.BeamResult:
         """Left to right, greedily (`beam` = 1) or by beam search: [B, S] -> hypotheses, best first."""
+        params = apart(params, self.model)
         width, slots = self.decode.beam, self.slots(source.shape[1])
         memory, _ = self.remember(params, source)
         options = self._search(width, slots)
@@ -116,11 +113,12 @@ class Generator:
         state = empty_cache(self.model, source.shape[0], width, slots), memory
         limits = self.limits(source)
         if width == 1:
-            return beam.greedy_search(step, state, limits, options, axes=STATE_AXES)
-        return beam.beam_search(step, state, limits, options, reorder=_reorder, axes=STATE_AXES)
+            return beam.greedy_search(step, state, limits, options, axes=BY_ROW)
+        return beam.beam_search(step, state, limits, options, reorder=_reorder, axes=BY_ROW)
 
     def draft(self, params: Params, source: jax.Array) -> draft_verify.DraftResult:
         """`draft_and_verify` of sources [B, S] in one program, on a canvas for the longest target."""
+        params = apart(params, self.model)
         memory, lengths = self.remember(params, source)
         return self.draft_and_verify(params, source, memory, lengths, self.slots(source.shape[1]) + 1)
 
@@ -136,6 +134,7 @@ class Generator:
           lengths: [B, G] candidate lengths; the middle one, the likeliest, is drafted.
           slots: T, static; `lengths` and `draft_verify.SPARE`, or the most that a target can take.
         """
+        params = apart(params, self.model)
         most, block = self.slots(source.shape[1]), self.decode.draft_block
         options = draft_verify.DraftOptions(
             search=self._search(1, most),
@@ -155,7 +154,7 @@ class Generator:
         likeliest = lengths[:, lengths.shape[1] // 2]
         limits = self.limits(source)
         return draft_verify.draft_and_verify(
-            look, self._project(params), state, likeliest, limits, options, axes=STATE_AXES
+            look, self._project(params), state, likeliest, limits, options, axes=BY_ROW
         )
 
     def non_autoregressive(
@@ -170,7 +169,7 @@ class Generator:
           slots: T, static.
           history: keep every pass, for a picture of the refinement.
         """
-        ids = self.model.ids
+        params, ids = apart(params, self.model), self.model.ids
         options = mask_predict.MaskPredictOptions(
             ids=ids,
             max_length=slots,
@@ -185,7 +184,7 @@ class Generator:
 
         # Without early stop all rows make the same passes, but for those with less to fill than passes: the
         # programs of smaller batches would not earn their compilation.
-        axes = MEMORY_AXES if self.decode.early_stop else None
+        axes = BY_ROW if self.decode.early_stop else None
         result = mask_predict.mask_predict(look, self._project(params), memory, lengths, options, axes=axes)
         if self.decode.rescore:
             result = result._replace(scores=self.rescore(params, memory, result.tokens))
@@ -197,6 +196,7 @@ class Generator:
         Sum of log p, EOS counted, over length ** length_penalty: what the same model's beam search
         would have given them.
         """
+        params = apart(params, self.model)
         states = self._apply(params, "ar_pass", tokens, memory)
         real = (tokens != self.model.ids.pad).at[:, :, 0].set(False)  # BOS is given, not predicted
         log_p = reading.score(self._project(params), states, real, tokens)
@@ -230,11 +230,6 @@ class Generator:
 def _reorder(state: _State, parents: jax.Array) -> _State:
     cache, memory = state
     return cache.reorder(parents), memory
-
-
-def memory_axes(rows: PartitionSpec) -> Memory:
-    """How each array of a `Memory` is cut where its sentences are cut as `rows` says."""
-    return jax.tree.map(lambda axis: PartitionSpec(*[None] * axis, *rows), MEMORY_AXES)
 
 
 def with_options(config: DecodeConfig, **options: object) -> DecodeConfig:

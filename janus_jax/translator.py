@@ -92,7 +92,7 @@ class Translator:
 
     @property
     def params(self) -> Any:
-        """The parameters, on the devices."""
+        """The parameters as decoding reads them (`models.apart`), on the devices."""
         return self._engine.params
 
     @property

@@ -246,7 +246,7 @@ def test_a_damaged_or_missing_file(copy, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, r"has format 2, this loader runs format 1; use the load.py"),
+        ({"format": 1}, r"has format 1, this loader runs format 2; use the load.py"),
         ({"kind": "something"}, r"is not the manifest of an export"),
         (
             {"platforms": ["tpu", "cuda"]},

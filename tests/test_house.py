@@ -52,7 +52,7 @@ ALLOWED = {
     "convert": {"config"},
     "run": {"config", "text", "checkpoint", "report", "paths"},
     "exported": set(),  # a copy of it runs where nothing of ours is
-    "engine": {"config", "sharding", "generate", "mesh"},
+    "engine": {"config", "sharding", "generate", "models", "mesh"},
     "translator": {
         "config",
         "generate",

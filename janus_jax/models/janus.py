@@ -2,8 +2,8 @@
 
 Training and scoring go through `Janus.__call__`: one encoder pass and one decoder pass over all
 streams.  Decoding goes through `remember`, then `ar_step` (one token, cached), `nar_pass` (a whole
-canvas) or `draft_pass` (both at once).  Parameters are a plain nested dict of float32 arrays; layers
-are stacked on a first axis.
+canvas) or `draft_pass` (both at once).  Parameters are a plain nested dict of float32 arrays, layers
+stacked on a first axis; decoding takes those of `apart`, too.
 
 Letters: B sentences, G beams or candidates of a sentence, S source length, T target length,
 D model width, V vocabulary, C length classes, L layers, H heads, K head width.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,6 +24,7 @@ from flax import struct
 from janus_jax import masks
 from janus_jax.config import ModelConfig
 from janus_jax.models import streams
+from janus_jax.models.apart import Params, are_apart
 from janus_jax.models.transformer import (
     NORMAL,
     DecoderLayer,
@@ -32,6 +32,7 @@ from janus_jax.models.transformer import (
     KeysValues,
     Plan,
     Sight,
+    each_of,
     keep,
     layer_norm,
     run_cached,
@@ -40,8 +41,6 @@ from janus_jax.models.transformer import (
     stack,
 )
 from janus_jax.sharding import ROWS, TENSOR, constrain
-
-Params = dict[str, Any]
 
 
 @struct.dataclass
@@ -99,7 +98,7 @@ def output_projection(params: Params, config: ModelConfig) -> Projection:
 class Memory:
     """A source, encoded and projected once for all decoding steps."""
 
-    layers: KeysValues  # of cross-attention, [L, B, H, K, S] and [L, B, H, S, K]
+    layers: tuple[KeysValues, ...]  # of each layer's cross-attention, [B, H, K, S] and [B, H, S, K]
     mask: jax.Array  # [B, 1, S] bool
     length_logits: jax.Array  # [B, C] float32
 
@@ -127,7 +126,7 @@ class Encoder(nn.Module):
 
     def setup(self) -> None:
         self.input = _Input(self.config)
-        self.layers = stack(EncoderLayer, self.config, self.config.encoder_layers, ("__call__",))
+        self.layers = stack(EncoderLayer, self.config, self.config.encoder_layers)
         self.norm = layer_norm(self.config) if self.config.norm == "pre" else None
 
     def __call__(self, tokens: jax.Array, real: jax.Array) -> jax.Array:
@@ -136,7 +135,12 @@ class Encoder(nn.Module):
         Positions count real tokens, so padding may stand on either side.
         """
         positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-        x, _ = self.layers(self.input(tokens, positions), None, masks.padding_mask(real))
+        x, mask = self.input(tokens, positions), masks.padding_mask(real)
+        if are_apart(self.layers.variables.get("params", {})):
+            for layer in each_of(self.layers, EncoderLayer):
+                x, _ = layer(x, None, mask)
+        else:
+            x, _ = self.layers(x, None, mask)
         return x if self.norm is None else self.norm(x)
 
 
@@ -146,9 +150,8 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        methods = ("__call__", "memory", "remembered")
         self.input = _Input(self.config)
-        self.layers = stack(DecoderLayer, self.config, self.config.decoder_layers, methods)
+        self.layers = stack(DecoderLayer, self.config, self.config.decoder_layers)
         self.norm = layer_norm(self.config) if self.config.norm == "pre" else None
 
     def __call__(
@@ -156,17 +159,23 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         """Token rows [B, N, D] of all slots, positions [N] -> [B, N', D], the slots that come out."""
         x = keep(self.input(tokens, positions), plan.enter)
-        x = self._layers("__call__", x, None, plan, lambda p: (p, encoded, source_mask))
-        return self._finish(x)
+        if plan.last is None:
+            return self._finish(self.layers(x, None, (plan, encoded, source_mask))[0])
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        shared = (plan, encoded, source_mask), (plan.last, encoded, source_mask)
+        return self._finish(run_pruned(self.layers, x, shared, key))
 
-    def memory(self, encoded: jax.Array) -> KeysValues:
-        """Encoded source [B, S, D] -> keys and values of every layer, on a first axis [L, ...]."""
-        return self.layers.memory(encoded, None, None)[1]
+    def memory(self, encoded: jax.Array) -> tuple[KeysValues, ...]:
+        """Encoded source [B, S, D] -> keys and values for each layer."""
+        return tuple(project(encoded) for project in each_of(self.layers, DecoderLayer, "memory"))
 
     def remembered(self, tokens: jax.Array, positions: jax.Array, plan: Plan, memory: Memory) -> jax.Array:
         """As `__call__`, over a projected source; R may be B x candidates."""
         x = keep(self.input(tokens, positions), plan.enter)
-        x = self._layers("remembered", x, memory.layers, plan, lambda p: (p, memory.mask))
+        layers = each_of(self.layers, DecoderLayer, "remembered")
+        plans = [plan] * (len(layers) - 1) + [plan.last or plan]
+        for layer, source, here in zip(layers, memory.layers, plans, strict=True):
+            x = layer(x, source, here, memory.mask)
         return self._finish(x)
 
     def step(
@@ -184,14 +193,6 @@ class Decoder(nn.Module):
         x = self.input(tokens, positions)
         x, content = run_cached(self.layers, x, content, sight, memory.layers, memory.mask)
         return self._finish(x), content
-
-    def _layers(
-        self, method: str, x: jax.Array, by_layer: Any, plan: Plan, shared: Callable[[Plan], Any]
-    ) -> jax.Array:
-        if plan.last is None:
-            return getattr(self.layers, method)(x, by_layer, shared(plan))[0]
-        key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        return run_pruned(self.layers, method, x, by_layer, (shared(plan), shared(plan.last)), key)
 
     def _finish(self, x: jax.Array) -> jax.Array:
         return x if self.norm is None else self.norm(x)

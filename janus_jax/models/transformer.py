@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from janus_jax.config import ModelConfig
+from janus_jax.models.apart import each_layer
 from janus_jax.models.members import Members, pick
 from janus_jax.sharding import ROWS, TENSOR, constrain
 
@@ -212,7 +212,7 @@ class EncoderLayer(_Layer):
 class DecoderLayer(_Layer):
     """Self-attention by plan, cross-attention, feed-forward; all streams share the weights.
 
-    Each method but `step` has the shape `scan` wants: (carry, what differs by layer, what all layers share).
+    Training calls it in the shape that `scan` wants: (carry, what differs by layer, what all layers share).
     """
 
     def setup(self) -> None:
@@ -232,16 +232,13 @@ class DecoderLayer(_Layer):
         x = self._self_attention(x, plan)
         return self._rest(x, self.cross.keys_values(encoded), source_mask), None
 
-    def memory(self, encoded: jax.Array, _: None, __: None) -> tuple[jax.Array, KeysValues]:
+    def memory(self, encoded: jax.Array) -> KeysValues:
         """Encoded source [B, S, D] -> its keys and values for this layer's cross-attention."""
-        return encoded, self.cross.keys_values(encoded)
+        return self.cross.keys_values(encoded)
 
-    def remembered(
-        self, x: jax.Array, memory: KeysValues, shared: tuple[Plan, jax.Array]
-    ) -> tuple[jax.Array, None]:
-        """As `__call__`, with the source already projected (mask-predict's passes)."""
-        plan, source_mask = shared
-        return self._rest(self._self_attention(x, plan), memory, source_mask), None
+    def remembered(self, x: jax.Array, memory: KeysValues, plan: Plan, source_mask: jax.Array) -> jax.Array:
+        """All slots [R, N, D], as `__call__`, with the source already projected (mask-predict's passes)."""
+        return self._rest(self._self_attention(x, plan), memory, source_mask)
 
     def step(
         self, x: jax.Array, cells: KeysValues, sight: Sight, memory: KeysValues, source_mask: jax.Array
@@ -319,11 +316,11 @@ class DecoderLayer(_Layer):
         return self._residual(x, self.ffn_norm, self.ffn)
 
 
-def stack(layer: type[_Layer], config: ModelConfig, depth: int, methods: tuple[str, ...]) -> nn.Module:
+def stack(layer: type[_Layer], config: ModelConfig, depth: int) -> nn.Module:
     """`depth` layers as one module with parameters stacked on a leading axis [L, ...].
 
     `scan_layers` compiles one layer and loops over it; without it the loop is unrolled.  The
-    parameters, and the results, are the same.
+    parameters, and the results, are the same.  Decoding goes over `each_of` the layers instead.
     """
     body = nn.remat(layer, **remat_options(config)) if config.remat else layer
     return nn.scan(
@@ -333,8 +330,20 @@ def stack(layer: type[_Layer], config: ModelConfig, depth: int, methods: tuple[s
         in_axes=(0, nn.broadcast),
         length=depth,
         unroll=1 if config.scan_layers else depth,
-        methods=methods,
     )(config)
+
+
+def each_of(layers: nn.Module, layer: type[_Layer], method: str = "__call__") -> list[Callable[..., Any]]:
+    """A method of each layer of a bound `stack`, the lowest first, with the layer's own parameters.
+
+    One after the other whatever `scan_layers` says: a scan would want the cache, and the projected sources,
+    stacked over layers, to take them apart and put them together at each step.
+    """
+    one = layer(layers.config, parent=None)  # type: ignore[attr-defined]
+    return [
+        functools.partial(one.apply, {"params": own}, method=method)
+        for own in each_layer(layers.variables["params"])
+    ]
 
 
 def remat_options(config: ModelConfig) -> dict[str, Any]:
@@ -348,24 +357,15 @@ def remat_options(config: ModelConfig) -> dict[str, Any]:
     return {"prevent_cse": not config.scan_layers, "policy": keep}
 
 
-def run_pruned(
-    layers: nn.Module,
-    method: str,
-    x: jax.Array,
-    by_layer: Any,
-    shared: tuple[Any, Any],
-    key: jax.Array | None,
-) -> jax.Array:
-    """As `method` of a `stack` of decoder layers, but the last layer is told something else than the others.
+def run_pruned(layers: nn.Module, x: jax.Array, shared: tuple[Any, Any], key: jax.Array | None) -> jax.Array:
+    """As a `stack` of decoder layers, but the last layer is told something else than the others.
 
     Another shape comes out of the last layer, so the scan ends before it, and the last one is applied with
     its part of the same parameters.
 
     Args:
       layers: the bound stack, with its parameters.
-      method: of `DecoderLayer`.
       x: [R, N, D].
-      by_layer: what differs by layer, each array [L, ..].
       shared: what all layers but the last share, and what the last one is given.
       key: of dropout, or None.
 
@@ -376,12 +376,12 @@ def run_pruned(
     depth = config.decoder_layers
     layer = DecoderLayer(config, parent=None)
     keys = None if key is None else jax.random.split(key, depth)
-    stacked = (layers.variables["params"], keys, by_layer)
+    stacked = (layers.variables["params"], keys)
 
     def apply(x: jax.Array, own: Any, shared: Any) -> tuple[jax.Array, None]:
-        params, key, here = own
+        params, key = own
         rngs = None if key is None else {"dropout": key}
-        return layer.apply({"params": params}, x, here, shared, rngs=rngs, method=method)  # type: ignore[return-value]
+        return layer.apply({"params": params}, x, None, shared, rngs=rngs)  # type: ignore[return-value]
 
     if config.remat:
         apply = jax.checkpoint(apply, **remat_options(config))
@@ -397,35 +397,30 @@ def run_cached(
     x: jax.Array,
     content: tuple[KeysValues, ...],
     sight: Sight,
-    memory: KeysValues,
+    memory: tuple[KeysValues, ...],
     source_mask: jax.Array,
 ) -> tuple[jax.Array, tuple[KeysValues, ...]]:
-    """`DecoderLayer.step` of each layer of a `stack`, one after the other whatever `scan_layers` says.
-
-    A scan would want the cache stacked over layers, to take it apart and put it together at each step; so
-    each layer's own is written in place.
+    """`DecoderLayer.step` of each layer of a `stack`; each layer's cells are written in place.
 
     Args:
       layers: the bound stack, with its parameters.
       x: [B, N, D].
       content: the cells of each layer.
       sight: what the slots see, the same in all layers.
-      memory: the source, projected for every layer: on a first axis [L, ...].
+      memory: the source, projected for each layer.
       source_mask: [B, 1, S].
 
     Returns:
       The last layer's states of the AR slots that predict and of the canvas, and the cells.
     """
-    layer = DecoderLayer(layers.config, parent=None)  # type: ignore[attr-defined]
-    stacked, written = (layers.variables["params"], memory), []
-    for n, cells in enumerate(content):
-        params, source = jax.tree.map(operator.itemgetter(n), stacked)
+    written = []
+    steps = each_of(layers, DecoderLayer, "step")
+    for n, (step, cells, source) in enumerate(zip(steps, content, memory, strict=True)):
         if n == len(content) - 1 and sight.ar > sight.content:
             # Content slots have no other reader in the last layer than the cache.
             sight = dataclasses.replace(sight, kept=sight.content)
-        found: Any = layer.apply({"params": params}, x, cells, sight, source, source_mask, method="step")
-        x = found[0]
-        written.append(found[1])
+        x, cells = step(x, cells, sight, source, source_mask)
+        written.append(cells)
     return x, tuple(written)
 
 
