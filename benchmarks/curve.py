@@ -362,19 +362,17 @@ def _row(name: str, row: dict[str, Any]) -> list[Any]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="benchmarks.curve", description=__doc__.split("\n", 1)[0])
+def add_arguments(parser: argparse.ArgumentParser, *, sentences: int) -> None:
+    """The options of whatever decodes a trained run one sentence at a time; `sentences` by default."""
     parser.add_argument("--workdir", required=True, help="a run with checkpoints")
     parser.add_argument("--output_dir", type=Path, help="default WORKDIR/benchmarks")
     parser.add_argument("--split", default="", help="default data.test_split")
     parser.add_argument("--checkpoint", default="best", help="best | latest | a step | average:N")
-    parser.add_argument("--sentences", type=common.at_least_one, default=200, help="timed one at a time")
-    parser.add_argument("--stream", type=common.at_least_one, default=512, help="sentences of the throughput")
-    parser.add_argument("--rounds", type=common.at_least_one, default=3)
-    parser.add_argument("--limit", type=common.at_least_one, default=0, help="score the first so many only")
+    parser.add_argument(
+        "--sentences", type=common.at_least_one, default=sentences, help="timed one at a time"
+    )
+    parser.add_argument("--rounds", type=common.at_least_one, default=3, help="how often each is timed")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="default the run's")
-    parser.add_argument("--no_memory", action="store_true", help="start no process for each peak")
     parser.add_argument(
         "--system",
         action="append",
@@ -382,19 +380,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="this one or this group alone, beside AR, such as draft or 'draft, strict'; may be repeated",
     )
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """Where what is measured is to be written."""
+    return args.output_dir or Path(str(as_path(args.workdir))) / "benchmarks"
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_arguments` say of the measurement.
+
+    Raises:
+      BenchmarkError: as `chosen_systems`.
+    """
+    kept = ("split", "checkpoint", "sentences", "rounds", "dtype")
+    return {"systems": chosen_systems(args.system), **{key: getattr(args, key) for key in kept}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="benchmarks.curve", description=__doc__.split("\n", 1)[0])
+    add_arguments(parser, sentences=200)
+    parser.add_argument("--stream", type=common.at_least_one, default=512, help="sentences of the throughput")
+    parser.add_argument("--limit", type=common.at_least_one, default=0, help="score the first so many only")
+    parser.add_argument("--no_memory", action="store_true", help="start no process for each peak")
     args = parser.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the children of --memory room
 
     def work() -> int:
-        folder = args.output_dir or Path(str(as_path(args.workdir))) / "benchmarks"
-        kept = ("split", "checkpoint", "sentences", "stream", "rounds", "limit", "dtype")
-        systems = chosen_systems(args.system)
         curve(
             args.workdir,
-            folder,
+            folder_of(args),
+            stream=args.stream,
+            limit=args.limit,
             memory=not args.no_memory,
-            systems=systems,
-            **{k: getattr(args, k) for k in kept},
+            **chosen(args),
         )
         return 0
 

@@ -24,7 +24,6 @@ from benchmarks import common, curve, trace
 from janus_jax import report, run
 from janus_jax.data.sources import open_split
 from janus_jax.engine import Span
-from janus_jax.paths import as_path
 from janus_jax.prepare import bring_data
 from janus_jax.translator import Translator
 
@@ -144,26 +143,11 @@ def _publish(result: dict[str, Any], output: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="benchmarks.sentence", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--workdir", required=True, help="a run with checkpoints")
-    parser.add_argument("--output_dir", type=Path, help="default WORKDIR/benchmarks")
-    parser.add_argument("--split", default="", help="default data.test_split")
-    parser.add_argument("--checkpoint", default="best", help="best | latest | a step | average:N")
-    parser.add_argument("--sentences", type=common.at_least_one, default=60, help="how many, from the first")
-    parser.add_argument("--rounds", type=common.at_least_one, default=3, help="how often each is timed")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="default the run's")
-    parser.add_argument(
-        "--system",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="as of benchmarks.curve; may be repeated",
-    )
+    curve.add_arguments(parser, sentences=60)
     args = parser.parse_args(argv)
 
     def work() -> int:
-        folder = args.output_dir or Path(str(as_path(args.workdir))) / "benchmarks"
-        kept = {key: getattr(args, key) for key in ("split", "checkpoint", "sentences", "rounds", "dtype")}
-        sentence(args.workdir, folder, systems=curve.chosen_systems(args.system), **kept)
+        sentence(args.workdir, curve.folder_of(args), **curve.chosen(args))
         return 0
 
     return common.guarded(parser.prog, work)
