@@ -25,20 +25,19 @@ Params = dict[str, Any]
 
 SIDES = ("encoder", "decoder")
 LAYERS = "layers"
-# What is cast wherever it is read, beside the maps that have a kernel.  Norms compute in float32, and so do
-# the length table and the output's bias.
+# What is cast wherever it is read, beside the linear maps, which have a kernel.  Norms compute in float32,
+# and so do the length table and the output's bias.
 TABLES = frozenset({"source_table", "target_table", "output_table", "positions"})
 
 
-def apart(params: Params, config: ModelConfig, *, cast: bool = True) -> Params:
+def apart(params: Params, config: ModelConfig) -> Params:
     """The same parameters for decoding; those that are apart already stay as they are.
 
     Args:
       params: of `Janus`: arrays of numpy (views come back where nothing is cast) or of jax.
       config: of the model.
-      cast: False leaves the dtypes alone.
     """
-    dtype = jnp.dtype(config.dtype if cast else jnp.float32)
+    dtype = jnp.dtype(config.dtype)
     sides = {side: {**params[side], LAYERS: _taken_apart(params[side][LAYERS])} for side in SIDES}
     found = {**params, **sides}
     return found if dtype == jnp.float32 else _cast(found, dtype)
@@ -64,10 +63,10 @@ def _taken_apart(layers: Mapping[str, Any]) -> Params:
 
 def _cast(tree: Mapping[str, Any], dtype: jnp.dtype) -> Params:
     """`tree` with what is cast wherever it is read in `dtype`."""
-    a_map = "kernel" in tree
+    linear = "kernel" in tree
     return {
         name: _cast(value, dtype)
         if isinstance(value, Mapping)
-        else (value.astype(dtype) if a_map or name in TABLES else value)
+        else (value.astype(dtype) if linear or name in TABLES else value)
         for name, value in tree.items()
     }
