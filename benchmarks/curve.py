@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import common
 from janus_jax import mesh, plots, report, run, score, ways
-from janus_jax.data.sources import open_split
+from janus_jax.data.sources import PairSource, open_split
 from janus_jax.engine import Report
 from janus_jax.paths import as_path
 from janus_jax.prepare import bring_data
@@ -127,26 +127,14 @@ def curve(
       BenchmarkError: the split is empty, or no system is one of this model's.
       Whatever opening a run or a split raises.
     """
-    opened = run.open_run(workdir)
-    bring_data(opened.config, opened.folder)
-    split = split or opened.config.data.test_split
-    pairs = open_split(opened.config.data, opened.data_folder, split)
+    opened, split, pairs = test_set(workdir, split)
     count = min(limit or len(pairs), len(pairs))
-    if not count:
-        raise common.BenchmarkError(f"split {split!r} in {opened.data_folder} has no examples")
     common.folder(output)
     sources = [source for source, _ in itertools.islice(pairs, count)]
     references = [pairs.references(i) for i in range(count)]
     translator = load(workdir, checkpoint, dtype)
-    trained = set(translator.modes)
-    chosen = [s for s in systems if s.way.sides <= trained]
-    if not chosen:
-        raise common.BenchmarkError(
-            f"{workdir}: decodes {', '.join(translator.modes)} only: nothing to measure"
-        )
+    chosen = decodable(systems, translator)
     facts = common.facts(translator.config.model.dtype)
-    for name in dict.fromkeys(s.group for s in systems if s not in chosen):
-        print(f"left out: {name}, which this model was not trained for", file=sys.stderr)
 
     found: dict[str, dict[str, Any]] = {s.name: {"group": s.group, "label": s.label} for s in chosen}
     written: dict[str, list[str]] = {}
@@ -211,6 +199,38 @@ def curve(
                 progress.advance(system=system.name)
         _publish(result, output)
     return result
+
+
+def test_set(workdir: str, split: str) -> tuple[run.Run, str, PairSource]:
+    """A run, the split asked for or else `data.test_split`, and its pairs.
+
+    Raises:
+      BenchmarkError: there are none.
+      Whatever opening a run or a split raises.
+    """
+    opened = run.open_run(workdir)
+    bring_data(opened.config, opened.folder)
+    split = split or opened.config.data.test_split
+    pairs = open_split(opened.config.data, opened.data_folder, split)
+    if not len(pairs):
+        raise common.BenchmarkError(f"split {split!r} in {opened.data_folder} has no examples")
+    return opened, split, pairs
+
+
+def decodable(systems: Sequence[System], translator: Translator) -> list[System]:
+    """Those of the systems that the model was trained for; says which groups are left out.
+
+    Raises:
+      BenchmarkError: none is.
+    """
+    found = [s for s in systems if s.way.sides <= set(translator.modes)]
+    if not found:
+        raise common.BenchmarkError(
+            f"{translator.name}: decodes {', '.join(translator.modes)} only: nothing to measure"
+        )
+    for name in dict.fromkeys(s.group for s in systems if s not in found):
+        print(f"left out: {name}, which this model was not trained for", file=sys.stderr)
+    return found
 
 
 def load(workdir: str, checkpoint: str, dtype: str = "") -> Translator:

@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks import common, curve, trace
-from janus_jax import report, run
-from janus_jax.data.sources import open_split
+from janus_jax import report
 from janus_jax.engine import Span
-from janus_jax.prepare import bring_data
 from janus_jax.translator import Translator
 
 SPANS: tuple[str, ...] = get_args(Span)
@@ -57,20 +55,12 @@ def sentence(
       BenchmarkError: the split is empty, or no system is one of this model's.
       Whatever opening a run or a split raises.
     """
-    opened = run.open_run(workdir)
-    bring_data(opened.config, opened.folder)
-    split = split or opened.config.data.test_split
-    pairs = open_split(opened.config.data, opened.data_folder, split)
-    lines = [source for source, _ in itertools.islice(pairs, sentences) if source.strip()]
-    if not lines:
-        raise common.BenchmarkError(f"split {split!r} in {opened.data_folder} has no examples")
+    _, split, pairs = curve.test_set(workdir, split)
+    lines = [source for source, _ in itertools.islice(pairs, sentences)]
     common.folder(output)
-    facts = common.facts(dtype or opened.config.model.dtype)
     translator = curve.load(workdir, checkpoint, dtype)
-    chosen = [s for s in systems if s.way.sides <= set(translator.modes)]
-    if not chosen:
-        raise common.BenchmarkError(f"{workdir}: decodes {', '.join(translator.modes)} only")
-    found = {}
+    chosen = curve.decodable(systems, translator)
+    facts, found = common.facts(translator.config.model.dtype), {}
     with report.progress(len(chosen), "sentence", unit="system") as progress:
         for system in chosen:  # one after the other: an engine keeps the programs of few
             found[system.name] = _measured(translator, system, lines, rounds, output / "traces")
