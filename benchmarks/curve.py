@@ -69,6 +69,7 @@ SYSTEMS: tuple[System, ...] = (
     *_nar("NAR, 3 candidates", 3),
     *_nar("NAR, 3 re-scored", 3, rescore=True),
     System("draft", "strict", ways.STRICT),
+    System("draft", "strict, no branches", ways.UNBRANCHED),
     System("draft", "3 within 1.0", ways.TOLERANT),
 )
 

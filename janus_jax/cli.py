@@ -542,6 +542,7 @@ DECODE_HELP = {
     "early_stop": "nar: a sentence stops when a pass changes nothing; faster, and worse",
     "rescore": "nar: choose among candidates by the AR score of the same model",
     "draft_block": "draft: tokens that AR verifies in a pass; changes the speed alone while draft_top_k is 1",
+    "draft_branches": "draft: other symbols for its places, verified beside it: fewer passes, each wider",
     "draft_top_k": "draft: accepted among AR's best so many; 1 (the default) writes what greedy AR writes",
     "draft_margin": "draft: with draft_top_k above 1, and at most this below AR's best, in log p",
     "ban_unk": "never write the unknown symbol",

@@ -206,6 +206,7 @@ class DecodeConfig:
     early_stop: bool = False  # NAR: a sentence stops when a pass changes nothing: fewer passes, worse text
     rescore: bool = False  # NAR: choose among candidates by the AR score of the same model
     draft_block: int = 8  # draft: tokens that AR verifies in a pass
+    draft_branches: int = 8  # draft: and other symbols for their places, verified in the same pass
     draft_top_k: int = 1  # draft: accepted among AR's best so many; 1 writes what greedy AR writes
     draft_margin: float = 1.0  # draft_top_k > 1: and at most this below AR's best, in log p
     ban_unk: bool = True  # never emit <unk>
@@ -404,6 +405,7 @@ def _faults(c: Config) -> Iterator[str]:
     yield from at_least(
         0,
         "decode.draft_margin",
+        "decode.draft_branches",
         "seed",
         "data.size",
         "batch.prefetch",
@@ -428,7 +430,7 @@ def _faults(c: Config) -> Iterator[str]:
         yield f"optim.eps must be above 0, got {c.optim.eps}"
     if not c.seed < 2**32:
         yield f"seed must be below 2**32, got {c.seed}"
-    for key in ("beam", "iterations", "candidates", "draft_block", "draft_top_k"):
+    for key in ("beam", "iterations", "candidates", "draft_block", "draft_branches", "draft_top_k"):
         if getattr(c.decode, key) > MOST:
             yield f"decode.{key} must be at most {MOST}, got {getattr(c.decode, key)}"
     if abs(c.decode.length_penalty) > STEEPEST:

@@ -44,12 +44,15 @@ _RARE = {
     "draft_top_k": "k",
     "draft_margin": "m",
     "draft_block": "block",
+    "draft_branches": "branches",
     "ban_unk": "ban_unk",
 }
+# What changes how many passes a strict draft takes, and not its text.
+_SPEED = ("draft_block", "draft_branches")
 _ONLY = {
     "ar": {"beam"},
     "nar": {"iterations", "candidates", "early_stop", "rescore"},
-    "draft": {"draft_block", "draft_top_k", "draft_margin"},
+    "draft": {"draft_block", "draft_branches", "draft_top_k", "draft_margin"},
 }
 
 
@@ -74,13 +77,13 @@ def relevant(decode: str, options: DecodeConfig) -> dict[str, Any]:
     if decode == "nar" and not options.rescore:
         unused |= {"length_penalty"}
     if decode == "draft" and options.draft_top_k == 1:
-        unused |= {"draft_margin", "draft_block"}
+        unused |= {"draft_margin", *_SPEED}
     return {name: value for name, value in dataclasses.asdict(options).items() if name not in unused}
 
 
 def _told(decode: str, options: DecodeConfig) -> dict[str, Any]:
     """What changes how many passes a text takes, if not the text."""
-    return {"draft_block": options.draft_block} if decode == "draft" else {}
+    return {name: getattr(options, name) for name in _SPEED} if decode == "draft" else {}
 
 
 def name_of(

@@ -34,7 +34,7 @@ OPTIONS = {
     "autoregressive": ("beam", "length_penalty", "ban_unk", *_LIMITS),
     "non_autoregressive": ("iterations", "early_stop", "rescore", "length_penalty", "ban_unk"),
     "draft_and_verify": (
-        "draft_block", "draft_top_k", "draft_margin", "length_penalty", "ban_unk", *_LIMITS,
+        "draft_block", "draft_branches", "draft_top_k", "draft_margin", "length_penalty", "ban_unk", *_LIMITS,
     ),
 }  # fmt: skip
 
@@ -135,22 +135,22 @@ class Generator:
           slots: T, static; `lengths` and `draft_verify.SPARE`, or the most that a target can take.
         """
         params = apart(params, self.model)
-        most, block = self.slots(source.shape[1]), self.decode.draft_block
         options = draft_verify.DraftOptions(
-            search=self._search(1, most),
+            search=self._search(1, self.slots(source.shape[1])),
             banned=self._banned(eos=True),
             canvas=max(slots, draft_verify.LEAST),  # a limit may leave room for EOS alone
-            block=block,
+            block=self.decode.draft_block,
+            branches=self.decode.draft_branches,
             top_k=self.decode.draft_top_k,
             margin=self.decode.draft_margin,
         )
 
-        def look(tokens: jax.Array, start: jax.Array, canvas: jax.Array, state: _State) -> Any:
+        def look(block: draft_verify.Block, canvas: jax.Array, state: _State) -> Any:
             cache, memory = state
-            logits, states, cache = self._apply(params, "draft_pass", tokens, start, canvas, cache, memory)
+            logits, states, cache = self._apply(params, "draft_pass", *block, canvas, cache, memory)
             return logits, states, (cache, memory)
 
-        state = empty_cache(self.model, source.shape[0], 1, most + block), memory
+        state = empty_cache(self.model, source.shape[0], 1, options.cells), memory
         likeliest = lengths[:, lengths.shape[1] // 2]
         limits = self.limits(source)
         return draft_verify.draft_and_verify(

@@ -38,4 +38,5 @@ def nar(passes: int, candidates: int = CANDIDATES, *, rescore: bool = False) -> 
 GREEDY = Way("AR greedy", "ar", {"beam": 1})
 BEAM = Way("AR beam 5", "ar", {"beam": 5})
 STRICT = Way("draft, strict", "draft", {"draft_top_k": 1})
+UNBRANCHED = Way("draft, strict, no branches", "draft", {"draft_top_k": 1, "draft_branches": 0})
 TOLERANT = Way("draft, 3 within 1.0", "draft", {"draft_top_k": 3, "draft_margin": 1.0})

@@ -90,7 +90,7 @@ def test_every_decoding_option_has_a_flag_and_a_help():
     assert list(cli.DECODE_HELP) == [f.name for f in dataclasses.fields(DecodeConfig)]
     assert cli.ONLY_FOR == {
         "beam": "ar", "iterations": "nar", "candidates": "nar", "early_stop": "nar", "rescore": "nar",
-        "draft_block": "draft", "draft_top_k": "draft", "draft_margin": "draft",
+        "draft_block": "draft", "draft_branches": "draft", "draft_top_k": "draft", "draft_margin": "draft",
     }  # fmt: skip
 
 

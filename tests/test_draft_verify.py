@@ -10,6 +10,7 @@ import pytest
 from janus_jax.config import SpecialIds
 from janus_jax.decode.beam import BeamOptions, greedy_search
 from janus_jax.decode.draft_verify import (
+    OTHERS,
     SPARE,
     STRIDE,
     DraftOptions,
@@ -48,21 +49,32 @@ def nar_states(canvas, xp, agreement):
 
 
 def toy(agreement):
-    """The model of draft and verify, whose state is what was fed at each place."""
+    """The model of draft and verify, whose state is the symbol and the place of each cell."""
 
-    def look(block, places, canvas, fed):
-        fed = jax.vmap(lambda row, x, a: jax.lax.dynamic_update_slice(row, x, (a,)))(fed, block, places)
-        logits = ar_logits(fed, jnp, jnp.asarray(AR))
-        at = places[:, None] + jnp.arange(block.shape[1])
-        return jnp.take_along_axis(logits, at[..., None], axis=1), nar_states(canvas, jnp, agreement), fed
+    def look(block, canvas, state):
+        def write(row, x, a):
+            return jax.lax.dynamic_update_slice(row, x, (a,))
+
+        symbols, places = (
+            jax.vmap(write)(row, x, block.start)
+            for row, x in zip(state, (block.tokens, block.places), strict=True)
+        )
+        # What a slot sees of each place: one cell of all up to its own, and none beyond.
+        at = block.sees[:, :, :, None] & (places[:, None, :, None] == jnp.arange(L + 1))
+        whole = (at.sum(2) == (jnp.arange(L + 1) <= block.places[..., None])).all(-1)
+        seen = jnp.einsum("bnpl,bp->bnl", at.astype(jnp.int32), symbols)
+        logits = jax.vmap(lambda rows: ar_logits(rows, jnp, jnp.asarray(AR)), 1, 1)(seen)
+        read = jnp.take_along_axis(logits, block.places[..., None, None], axis=2)[:, :, 0]
+        read = jnp.where(whole[..., None], read, jnp.roll(read, 1, axis=-1))
+        return read, nar_states(canvas, jnp, agreement), (symbols, places)
 
     return look
 
 
 @functools.partial(jax.jit, static_argnames=("options", "agreement"))
 def drafted(lengths, limits, options, agreement):
-    fed = jnp.zeros((len(lengths), options.search.max_length + options.block + 1), jnp.int32)
-    return draft_and_verify(toy(agreement), lambda x: x, fed, lengths, limits, options)
+    cells = jnp.zeros((len(lengths), options.cells), jnp.int32)
+    return draft_and_verify(toy(agreement), lambda x: x, (cells, cells), lengths, limits, options)
 
 
 @functools.partial(jax.jit, static_argnames="options")
@@ -91,10 +103,12 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("agreement", [0, 4, 7])
-@pytest.mark.parametrize("block", [1, 2, 5, 8])
-def test_strict_is_greedy_search_symbol_for_symbol(block, agreement):
+@pytest.mark.parametrize(
+    ("block", "branches"), [(1, 0), (2, 0), (5, 0), (8, 0), (1, 4), (2, 2), (5, 30), (8, 6)]
+)
+def test_strict_is_greedy_search_symbol_for_symbol(block, branches, agreement):
     expected = greedy(jnp.asarray(LIMITS), search())
-    found = run(block=block, agreement=agreement)
+    found = run(block=block, branches=branches, agreement=agreement)
     assert_same(found, expected)
     lengths = found.lengths[:, 0]
     assert (found.passes <= lengths).all()
@@ -105,9 +119,10 @@ def test_strict_is_greedy_search_symbol_for_symbol(block, agreement):
 
 
 @pytest.mark.parametrize("changed", [{"min_length": 6}, {"forced_eos": "free"}, {"length_penalty": 0.6}])
-def test_the_rules_of_the_search_are_kept(changed):
+@pytest.mark.parametrize("branches", [0, 7])
+def test_the_rules_of_the_search_are_kept(changed, branches):
     expected = greedy(jnp.asarray(LIMITS), search(**changed))
-    assert_same(run(block=6, search=search(**changed)), expected)
+    assert_same(run(block=6, branches=branches, search=search(**changed)), expected)
 
 
 def test_better_drafts_take_fewer_passes_and_some_are_accepted():
@@ -119,32 +134,55 @@ def test_better_drafts_take_fewer_passes_and_some_are_accepted():
     assert (found.accepted + found.passes >= found.lengths[:, 0]).all()
 
 
-def plain(length, limit, *, block, top_k, margin, canvas, agreement):
+def test_branches_take_fewer_passes():
+    passes = [run(block=5, branches=m, agreement=3).passes.sum() for m in (0, 2, 12)]
+    assert passes[0] > passes[1] >= passes[2]
+
+
+def branches_of(guesses, places, ends, most):
+    """The likeliest others for the places of a draft: pairs of its place, 0 .., and a symbol."""
+    log_p = guesses - np.log(np.exp(guesses).sum(1, keepdims=True))
+    log_p[:, [*NEVER, IDS.eos]] = -np.inf
+    found, before = [], 0.0
+    for j, place in enumerate(p for p in places if p < ends - 1):
+        order = np.argsort(-log_p[place], kind="stable")
+        found += [(before + log_p[place, s], j, int(s)) for s in order[1 : OTHERS + 1]]
+        before += log_p[place, order[0]]
+    found.sort(key=lambda x: -x[0])
+    return [(j, s) for _, j, s in found[:most]]
+
+
+def plain(length, limit, *, block, branches, top_k, margin, canvas, agreement):
     """One sentence, as the rules read: (symbols, passes, drafted symbols among them)."""
     said, draft, ends, passes, accepted = [], [], min(max(length, 3), canvas), 0, 0
-    widest = min(ends + SPARE, canvas)
+    widest, others = min(ends + SPARE, canvas), []
     while True:
         passes += 1
         a = len(said)
         row = [IDS.bos, *said] + [IDS.mask] * (ends - 2 - a) + [IDS.eos] * (a < ends - 1)
         row = (row + [IDS.pad] * canvas)[:canvas]
         guesses = nar_states(np.array([row]), np, agreement)[0]
+        likely = guesses.astype(np.float64)
         guesses[:, [*NEVER, IDS.eos]] = -np.inf
-        new = []
+        new, branched = [], False
         while True:
             logits = ar_logits(np.array([[IDS.start, *said, *new]]), np, AR)[0, -1].astype(np.float64)
             logits[list(NEVER)] = -np.inf
             if a + len(new) >= limit - 1:
                 logits[np.arange(VOCABULARY) != IDS.eos] = -np.inf
             best = int(logits.argmax())
-            d = draft[len(new)] if len(new) < min(len(draft), block - 1) else None
+            d = draft[len(new)] if len(new) < min(len(draft), block - 1) and not branched else None
             near = d is not None and np.isfinite(logits[d]) and (logits > logits[d]).sum() < top_k
             near = near and logits[d] >= logits.max() - margin
             took = d is not None and (d == best or (top_k > 1 and near))
             new.append(d if took else best)
             accepted += took
-            if not took or new[-1] == IDS.eos:
+            if new[-1] == IDS.eos or branched:
                 break
+            if not took:
+                if (len(new) - 1, best) not in others:
+                    break
+                branched, accepted = True, accepted + 1
         said += new
         if said[-1] == IDS.eos:
             return said, passes, accepted
@@ -152,16 +190,18 @@ def plain(length, limit, *, block, top_k, margin, canvas, agreement):
         places = range(first, first + block - 1)
         of = {p: IDS.eos if p == ends - 1 else int(guesses[p].argmax()) for p in places if p < ends}
         draft = [of.get(p, IDS.pad) for p in places]
+        others = branches_of(likely, places, ends, branches)
         if len(said) + 1 >= ends - 1:
             ends = min(len(said) + 2 + STRIDE, widest)
 
 
 @pytest.mark.parametrize(("top_k", "margin"), [(1, 0.0), (2, 0.5), (3, 4.0), (14, 100.0)])
-@pytest.mark.parametrize("block", [3, 8])
-def test_every_sentence_goes_as_plain_python_does(block, top_k, margin):
-    found = run(block=block, top_k=top_k, margin=margin)
+@pytest.mark.parametrize(("block", "branches"), [(3, 0), (8, 0), (3, 2), (3, 6), (8, 5)])
+def test_every_sentence_goes_as_plain_python_does(block, branches, top_k, margin):
+    policy = {"block": block, "branches": branches, "top_k": top_k, "margin": margin}
+    found = run(**policy)
     for b in range(len(LENGTHS)):
-        rules = {"block": block, "top_k": top_k, "margin": margin, "canvas": L + 1, "agreement": 4}
+        rules = {**policy, "canvas": L + 1, "agreement": 4}
         said, passes, accepted = plain(int(LENGTHS[b]), int(LIMITS[b]), **rules)
         assert found.tokens[b, 0, : len(said)].tolist() == said
         assert (found.tokens[b, 0, len(said) :] == IDS.pad).all()
@@ -175,20 +215,21 @@ def test_tolerance_accepts_what_greedy_search_would_not_have_said():
     np.testing.assert_array_equal(run(top_k=3, margin=0.0).tokens, strict.tokens)
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_a_sentence_does_not_see_its_batch_nor_the_room_on_its_canvas(top_k):
+@pytest.mark.parametrize(("top_k", "branches"), [(1, 0), (3, 0), (1, 9)])
+def test_a_sentence_does_not_see_its_batch_nor_the_room_on_its_canvas(top_k, branches):
+    drafted = functools.partial(run, top_k=top_k, branches=branches, margin=2.0)
     lengths = np.minimum(LENGTHS, 12)
-    whole = run(lengths, top_k=top_k, margin=2.0, canvas=12 + SPARE)
+    whole = drafted(lengths, canvas=12 + SPARE)
     order = np.array([3, 0, 5, 4, 1, 2])
-    shuffled = run(lengths[order], LIMITS[order], top_k=top_k, margin=2.0, canvas=12 + SPARE)
-    wide = run(lengths, top_k=top_k, margin=2.0, canvas=40)
+    shuffled = drafted(lengths[order], LIMITS[order], canvas=12 + SPARE)
+    wide = drafted(lengths, canvas=40)
     for name in ("tokens", "lengths", "passes", "accepted"):
         mine = getattr(whole, name)
         np.testing.assert_array_equal(mine[order], getattr(shuffled, name))
         np.testing.assert_array_equal(mine, getattr(wide, name))
         for b in range(len(lengths)):
             rows = slice(b, b + 1)
-            alone = run(lengths[rows], LIMITS[rows], top_k=top_k, margin=2.0, canvas=12 + SPARE)
+            alone = drafted(lengths[rows], LIMITS[rows], canvas=12 + SPARE)
             np.testing.assert_array_equal(mine[b], getattr(alone, name)[0])
 
 
@@ -196,6 +237,7 @@ def test_a_sentence_does_not_see_its_batch_nor_the_room_on_its_canvas(top_k):
     ("options", "message"),
     [
         ({"block": 0}, "block must be at least 1"),
+        ({"branches": -1}, "branches must be at least 0"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"margin": -1.0}, "margin must be at least 0"),
         ({"margin": float("nan")}, "margin must be at least 0"),

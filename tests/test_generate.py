@@ -93,6 +93,7 @@ WAYS = {
     "greedy": (autoregressive, generator()),
     "beam 4": (autoregressive, generator(beam=4)),
     "draft": (draft_and_verify, generator()),
+    "draft, branches": (draft_and_verify, generator(draft_branches=6)),
     "draft, tolerant": (draft_and_verify, generator(draft_top_k=3, draft_margin=2.0)),
     "nar": (non_autoregressive, generator()),
     "nar, rescored": (non_autoregressive, generator(rescore=True)),
@@ -197,9 +198,9 @@ def test_banned_symbols_by_kind_of_model():
     assert generator(ban_unk=False)._banned(eos=False) == (0, 1, 4)
 
 
-@pytest.mark.parametrize("block", [1, 3, 8])
-def test_strict_drafts_say_what_greedy_search_says(params, source, block):
-    found = draft_and_verify(generator(draft_block=block), params, source)
+@pytest.mark.parametrize(("block", "branches"), [(1, 0), (3, 0), (8, 0), (3, 6), (8, 8)])
+def test_strict_drafts_say_what_greedy_search_says(params, source, block, branches):
+    found = draft_and_verify(generator(draft_block=block, draft_branches=branches), params, source)
     assert_same(found, autoregressive(generator(), params, source))
     assert (found.passes <= found.lengths[:, 0]).all()
 

@@ -13,16 +13,26 @@ before this pass; what AR changed in between makes it miss now and then, which c
 for each draft would.  Each pass accepts one symbol at least, AR's own, so there are never more passes than
 greedy search takes steps.
 
+A draft may have `branches`, other symbols for its places, those that NAR finds likeliest:
+
+    block      Hund bellt  laut  im       sehr (for laut)   gross (for bellt)   AR verifies them all
+    AR says    bellt sehr  ..             schoen            ..
+    accepted   Ein  Hund  bellt sehr schoen                 3 more, as a branch had what AR says
+
+Where AR refuses a drafted symbol, and a branch of that place has the one that AR says, AR has said what
+follows, too.
+
 Strict (`top_k` = 1): a drafted symbol is accepted when it is AR's arg max, so the result is that of greedy
 search, symbol for symbol.  Tolerant: when it is among AR's `top_k` and at most `margin` below the best in
-log-probability; AR then goes on from it.
+log-probability; AR then goes on from it.  A branch is accepted when it is AR's arg max, in both.
 
 Sentences go at their own pace: each has its own place, and ends by itself, so its result depends on no other
 one.  A draft's canvas ends where the predicted length says; when the text outgrows it, it grows by at
 most SPARE slots; beyond them AR writes on alone, a symbol a pass.
 
-Letters: B sentences, K block (symbols verified in a pass), T slots of the canvas (BOS counted),
-L max_length, D width of a state, V vocabulary.
+Letters: B sentences, K block (the last accepted symbol and the draft), M branches, N slots that AR reads in a
+pass, P cells of its memory, T slots of the canvas (BOS counted), L max_length, D width of a state,
+V vocabulary.
 Room: pure core.  Imports config and decode only; knows no model; touches no file, no device, no clock.
 """
 
@@ -41,11 +51,10 @@ from janus_jax.decode.beam import BeamOptions
 from janus_jax.decode.leaving import parts, until_done
 from janus_jax.decode.reading import Project
 
-Look = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
-
 STRIDE = 3  # slots that a canvas grows by, beyond the next symbol, when the text outgrows it
 SPARE = 6  # slots that it may grow by in all
 LEAST = 3  # slots of a canvas: BOS, one to draft, EOS
+OTHERS = 3  # symbols beside the likeliest that a place of a draft may branch to
 
 
 class DraftOptionsError(ValueError):
@@ -59,7 +68,8 @@ class DraftOptions:
     search: BeamOptions = field(default_factory=lambda: BeamOptions(beam=1))  # what AR may say, and when
     canvas: int = 128  # T; the longest predicted length and SPARE, or what there is room for
     banned: tuple[int, ...] = ()  # symbols that are never drafted
-    block: int = 8  # K, symbols verified in a pass
+    block: int = 8  # K, symbols verified in a pass, branches not counted
+    branches: int = 0  # M, other symbols verified in a pass; there are at most OTHERS (K - 1)
     top_k: int = 1  # a draft is accepted among AR's best so many; 1: strict
     margin: float = 0.0  # and at most this below the best, in log-probability
 
@@ -67,11 +77,49 @@ class DraftOptions:
         """Check the counts.
 
         Raises:
-          DraftOptionsError: a block or top_k below 1, a negative margin, or a canvas below LEAST.
+          DraftOptionsError: a block or top_k below 1, a negative margin or number of branches, or a canvas
+            below LEAST.
         """
-        for name, least in (("block", 1), ("top_k", 1), ("margin", 0.0), ("canvas", LEAST)):
+        least_of = {"block": 1, "branches": 0, "top_k": 1, "margin": 0.0, "canvas": LEAST}
+        for name, least in least_of.items():
             if not getattr(self, name) >= least:
                 raise DraftOptionsError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def forks(self) -> int:
+        """Branches that there are places for."""
+        return min(self.branches, OTHERS * (self.block - 1))
+
+    @property
+    def again(self) -> int:
+        """Accepted symbols before the last that a pass reads once more.
+
+        A branch that was accepted lies in a cell of its own, behind those of the draft, so the next pass
+        writes it where it belongs.
+        """
+        return 1 if self.forks else 0
+
+    @property
+    def slots(self) -> int:
+        """N, slots that AR reads in a pass."""
+        return self.again + self.block + self.forks
+
+    @property
+    def cells(self) -> int:
+        """P, cells that AR's memory must have: of every place, and room for a pass at the last."""
+        return self.search.max_length + self.slots
+
+
+class Block(NamedTuple):
+    """What AR reads in a pass: [accepted, draft, branches]."""
+
+    tokens: jax.Array  # [B, N] int32
+    places: jax.Array  # [B, N] int32, not below 0
+    start: jax.Array  # [B] int32, the cell that the first is written to, the others after it
+    sees: jax.Array  # [B, N, P] bool, cells that each sees: its own, and those of what it follows
+
+
+Look = Callable[[Block, jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
 
 
 class DraftResult(NamedTuple):
@@ -96,6 +144,8 @@ class _Texts(NamedTuple):
     tokens: jax.Array  # [B, R] int32, start, accepted symbols; beyond them nothing that matters
     log_probs: jax.Array  # [B, R] float32
     draft: jax.Array  # [B, K - 1] int32, for the places a + 1 ..; pad where there is none
+    others: jax.Array  # [B, M] int32, branches; pad where there is none
+    instead: jax.Array  # [B, M] int32, which symbol of the draft, 0 .., each stands for
     passes: jax.Array  # [B] int32
     accepted: jax.Array  # [B] int32
     state: Any  # the model's
@@ -114,9 +164,9 @@ def draft_and_verify(
     """The text that AR accepts, written in as few passes as the drafts are good for.
 
     Args:
-      look: (block [B, K] int32, places [B] of its first symbols, canvas [B, T], state) -> (AR logits
-        [B, K, V] of the places that follow each, NAR states [B, T, D], state).  The state must keep
-        what it knows of places below `places` and forget the rest.
+      look: (block, canvas [B, T], state) -> (AR logits [B, N, V] of the places that follow each slot of the
+        block, NAR states [B, T, D], state).  The state must keep what is in cells, `options.cells` of them,
+        before the block's, and may forget the rest.
       project: NAR states [.., D] -> logits [.., V].
       state: the model's pytree before the first symbol.
       lengths: [B] int32, predicted lengths, BOS and EOS counted; brought inside LEAST..T.  Where SPARE has
@@ -130,7 +180,8 @@ def draft_and_verify(
       beam.BeamOptionsError, DraftOptionsError: a banned symbol outside the vocabulary.
     """
     rows, block, ids = limits.shape[0], options.block, options.search.ids
-    slots, most = options.canvas, options.search.max_length
+    slots, most, forks = options.canvas, options.search.max_length, options.forks
+    in_turn = slice(options.again, options.again + block)  # the last accepted symbol and the draft
     limits = jnp.clip(limits, 1, most)
     lengths = jnp.clip(lengths, LEAST, slots).astype(jnp.int32)
     widest = jnp.minimum(lengths + SPARE, slots)
@@ -138,15 +189,17 @@ def draft_and_verify(
     steps = jnp.arange(block)
 
     def advance(texts: _Texts) -> _Texts:
-        fed = jnp.concatenate([_read(texts.tokens, texts.place, 1), texts.draft], axis=1)
+        fed = _block(texts, options)
         canvas = _canvas(texts, slots, options)
-        logits, states, state = look(fed, texts.place, canvas, texts.state)
+        logits, states, state = look(fed, canvas, texts.state)
 
         # Verify: symbol k of `said` is AR's for the place a + 1 + k, if the draft is right so far.
-        last = texts.place[:, None] + steps >= texts.limits[:, None] - 1
-        admitted, log_z = beam.admit(logits, texts.place[:, None] + steps, last, options.search)
+        last = fed.places >= texts.limits[:, None] - 1
+        admitted, log_z = beam.admit(logits, fed.places, last, options.search)
         said, highest = symbols.best(admitted)
         log_p = highest - log_z
+        after = said[:, in_turn.stop :], log_p[:, in_turn.stop :]  # what AR says after each branch
+        admitted, log_z, said, log_p = (x[:, in_turn] for x in (admitted, log_z, said, log_p))
         if block > 1:
             drafted = _of(admitted[:, :-1], texts.draft) - log_z[:, :-1]
             agrees = _agree(admitted[:, :-1], drafted, log_p[:, :-1], texts.draft, said[:, :-1], options)
@@ -157,24 +210,23 @@ def draft_and_verify(
             log_p = jnp.where(kept, jnp.pad(drafted, pad), log_p)
         else:
             hits = jnp.zeros_like(texts.place)
+        if forks:
+            own = jnp.take_along_axis(said, hits[:, None], axis=1)
+            taken = (texts.instead == hits[:, None]) & (texts.others == own)
+            branch, follows = jnp.argmax(taken, axis=1)[:, None], steps == hits[:, None] + 1
+            said, log_p = (
+                jnp.where(follows, jnp.take_along_axis(x, branch, axis=1), y)
+                for x, y in zip(after, (said, log_p), strict=True)
+            )
+            hits = hits + taken.any(axis=1)
         eos = said == ids.eos
         upto = jnp.minimum(hits, jnp.argmax(eos, axis=1) + jnp.where(eos.any(axis=1), 0, block))
         new = jnp.where(texts.done, 0, upto + 1)
         place = texts.place + new
         ended = jnp.take_along_axis(eos, upto[:, None], axis=1)[:, 0]
 
-        # Draft: NAR read at the places that the next block can reach.
-        if block > 1:
-            window = texts.place[:, None] + 1 + jnp.arange(2 * block - 1)
-            on_canvas = jnp.minimum(window, slots - 1)
-            at = jnp.take_along_axis(states, on_canvas[..., None], axis=1)
-            is_open = (window < texts.ends[:, None] - 1) & ~texts.done[:, None]
-            guesses, _ = reading.fill(project, at, is_open, options.banned, DraftOptionsError)
-            beyond = jnp.where(window == texts.ends[:, None] - 1, ids.eos, ids.pad)
-            guesses = jnp.where(is_open, guesses, beyond)
-            draft = jax.vmap(lambda g, n: lax.dynamic_slice_in_dim(g, n, block - 1))(guesses, new)
-        else:
-            draft = texts.draft
+        # Draft: NAR read at the places that follow.
+        draft, others, instead = _draft(project, states, texts, place, options)
         return _Texts(
             limits=texts.limits,
             widest=texts.widest,
@@ -186,12 +238,15 @@ def draft_and_verify(
             tokens=_append(texts.tokens, said, texts.place, new),
             log_probs=_append(texts.log_probs, log_p, texts.place, new),
             draft=jnp.where(texts.done[:, None], texts.draft, draft),
+            others=others,
+            instead=instead,
             passes=texts.passes + ~texts.done,
             accepted=texts.accepted + jnp.minimum(hits, new),
             state=state,
         )
 
     zeros = jnp.zeros(rows, jnp.int32)
+    no_branch = jnp.zeros((rows, forks), jnp.int32)
     start = _Texts(
         limits=limits,
         widest=widest,
@@ -201,6 +256,8 @@ def draft_and_verify(
         tokens=jnp.full((rows, room), ids.pad, jnp.int32).at[:, 0].set(ids.start),
         log_probs=jnp.zeros((rows, room)),
         draft=jnp.full((rows, block - 1), ids.pad, jnp.int32),  # nothing yet: the first pass makes one
+        others=no_branch + ids.pad,
+        instead=no_branch,
         passes=zeros,
         accepted=zeros,
         state=state,
@@ -218,6 +275,46 @@ def draft_and_verify(
         passes=final.passes,
         accepted=final.accepted,
     )
+
+
+def _block(texts: _Texts, options: DraftOptions) -> Block:
+    """What AR reads: accepted symbols, the draft, its branches."""
+    place, again = texts.place[:, None], options.again
+    before = _read(texts.tokens, jnp.maximum(texts.place - 1, 0), again)
+    tokens = jnp.concatenate([before, _read(texts.tokens, texts.place, 1), texts.draft, texts.others], axis=1)
+    in_turn = jnp.broadcast_to(jnp.arange(again + options.block), (tokens.shape[0], again + options.block))
+    follows = jnp.concatenate([in_turn, again + texts.instead], axis=1)  # the last slot, but itself, it sees
+    places = jnp.concatenate([place - again + in_turn, place + 1 + texts.instead], axis=1)
+    # The cell of place p is p + again: there is one for the place before the start, which nobody else sees.
+    cells, own = jnp.arange(options.cells), place + jnp.arange(options.slots)
+    sees = (cells >= again) & (cells <= (place + follows)[:, :, None])
+    return Block(tokens, jnp.maximum(places, 0), texts.place, sees | (cells == own[:, :, None]))
+
+
+def _draft(
+    project: Project, states: jax.Array, texts: _Texts, place: jax.Array, options: DraftOptions
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What NAR would write after `place` [B], from its states [B, T, D]: `draft`, `others` and `instead`."""
+    rows, ids, forks = place.shape[0], options.search.ids, options.forks
+    ahead, ends = place[:, None] + jnp.arange(1, options.block), texts.ends[:, None]
+    if options.block == 1:
+        return texts.draft, texts.others, texts.instead
+    at = jnp.take_along_axis(states, jnp.minimum(ahead, options.canvas - 1)[..., None], axis=1)
+    is_open = (ahead < ends - 1) & ~texts.done[:, None]
+    given = jnp.where(ahead == ends - 1, ids.eos, ids.pad)
+    if not forks:
+        found, _ = reading.fill(project, at, is_open, options.banned, DraftOptionsError)
+        return jnp.where(is_open, found, given), texts.others, texts.instead
+    found, log_p = reading.likeliest(
+        project, at, is_open, options.banned, DraftOptionsError, count=1 + OTHERS
+    )
+    # A branch is as likely as NAR says that it is, and all before it in the draft.
+    before = jnp.cumsum(log_p[:, :, 0], axis=1) - log_p[:, :, 0]
+    scores = jnp.where(is_open[:, :, None], before[:, :, None] + log_p[:, :, 1:], -jnp.inf)
+    best, chosen = symbols.top(scores.reshape(rows, -1), forks)
+    others = jnp.take_along_axis(found[:, :, 1:].reshape(rows, -1), chosen, axis=1)
+    draft = jnp.where(is_open, found[:, :, 0], given)
+    return draft, jnp.where(best > -jnp.inf, others, ids.pad), chosen // OTHERS
 
 
 def _canvas(texts: _Texts, slots: int, options: DraftOptions) -> jax.Array:
@@ -251,9 +348,9 @@ def _of(scores: jax.Array, symbols: jax.Array) -> jax.Array:
     return jnp.take_along_axis(scores, symbols[..., None], axis=-1)[..., 0]
 
 
-def _read(tokens: jax.Array, place: jax.Array, count: int) -> jax.Array:
-    """[B, R] from place [B] on -> [B, count]."""
-    return jax.vmap(lambda row, a: lax.dynamic_slice_in_dim(row, a, count))(tokens, place)
+def _read(by_place: jax.Array, place: jax.Array, count: int) -> jax.Array:
+    """[B, R, ..] from place [B] on -> [B, count, ..]."""
+    return jax.vmap(lambda row, a: lax.dynamic_slice_in_dim(row, a, count))(by_place, place)
 
 
 def _append(texts: jax.Array, fresh: jax.Array, place: jax.Array, count: jax.Array) -> jax.Array:

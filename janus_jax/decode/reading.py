@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from janus_jax.decode.symbols import allowed, best
+from janus_jax.decode.symbols import allowed, best, top
 
 Project = Callable[[jax.Array], jax.Array]
 
@@ -46,6 +46,32 @@ def fill(
     return symbols, log_probs
 
 
+def likeliest(
+    project: Project,
+    states: jax.Array,
+    where: jax.Array,
+    banned: tuple[int, ...],
+    error: type[ValueError],
+    *,
+    count: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The `count` likeliest admitted symbols of the chosen slots, best first, of equals the lowest.
+
+    Args as of `fill`.
+
+    Returns:
+      [..., count] int32 and their log-probabilities, [..., count] float32; 0 where nothing was read.
+    """
+
+    def read(logits: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+        said = allowed(logits.shape[-1], banned, error)
+        scores, found = top(jnp.where(said, logits, -jnp.inf), count)
+        return found, scores - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+    symbols, log_probs = _walk(project, states, where, read, (jnp.int32, jnp.float32), (count,))
+    return symbols, log_probs
+
+
 def score(project: Project, states: jax.Array, where: jax.Array, symbols: jax.Array) -> jax.Array:
     """Log-probability of the symbols [...] that stand in the chosen slots: [...] float32; 0 elsewhere.
 
@@ -68,12 +94,19 @@ def _walk(
     where: jax.Array,
     read: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
     dtypes: tuple[type, ...],
+    each: tuple[int, ...] = (),
 ) -> tuple[jax.Array, ...]:
-    """`read`(logits [c, V] float32, their slots [c]) of the chosen slots, each result laid out as `where`."""
+    """`read`(logits [c, V] float32, their slots [c]) of the chosen slots, each result laid out as `where`.
+
+    `each` is the shape of what is read of a slot.
+    """
     flat = states.reshape(-1, states.shape[-1])
     size, known = OF_ANY, flat.shape[0]
     if isinstance(known, int):
-        size = min(AT_ONCE, max(AT_LEAST, -(-known // 4)), known)
+        if known <= AT_LEAST:  # one step would read them all
+            found = read(project(flat).astype(jnp.float32), jnp.arange(known))
+            return tuple(_kept(x.reshape(*where.shape, *each), where) for x in found)
+        size = min(AT_ONCE, max(AT_LEAST, -(-known // 4)))
     order = jnp.argsort(~where.reshape(-1), stable=True)  # the chosen slots, then the others
     order = jnp.pad(order, (0, size))
     count = jnp.sum(where, dtype=jnp.int32)
@@ -90,6 +123,11 @@ def _walk(
             x.at[slots].set(y, mode="drop") for x, y in zip(results, found, strict=True)
         )
 
-    start = (jnp.int32(0), tuple(jnp.zeros(known, dtype) for dtype in dtypes))
+    start = (jnp.int32(0), tuple(jnp.zeros((known, *each), dtype) for dtype in dtypes))
     _, results = lax.while_loop(lambda carry: carry[0] < count, step, start)
-    return tuple(x.reshape(where.shape) for x in results)
+    return tuple(x.reshape(*where.shape, *each) for x in results)
+
+
+def _kept(x: jax.Array, where: jax.Array) -> jax.Array:
+    """[..] or [.., n], 0 where `where` [..] is False."""
+    return jnp.where(where.reshape(*where.shape, *(1,) * (x.ndim - where.ndim)), x, 0)

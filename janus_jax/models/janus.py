@@ -317,32 +317,40 @@ class Janus(nn.Module):
         return self.logits(x), ArCache(content, sources)
 
     def draft_pass(
-        self, tokens: jax.Array, start: jax.Array, canvas: jax.Array, cache: ArCache, memory: Memory
+        self,
+        tokens: jax.Array,
+        places: jax.Array,
+        start: jax.Array,
+        sees: jax.Array,
+        canvas: jax.Array,
+        cache: ArCache,
+        memory: Memory,
     ) -> tuple[jax.Array, jax.Array, ArCache]:
         """AR over a block of each sentence and NAR over its canvas, in one pass.
 
         Args:
-          tokens: [B, K] int32, the tokens at places start .. start + K - 1.
-          start: [B] int32, the place of the last accepted token of each sentence.
+          tokens: [B, N] int32, the block.
+          places: [B, N] int32, where each stands in its sentence.
+          start: [B] int32, the cell that a block's first token is written to, the others after it.
+          sees: [B, N, P] bool, the cells that each sees.
           canvas: [B, T] int32 with [M] where open.
-          cache: of one beam, with K cells to spare, filled below `start`.
+          cache: of one beam, with P cells.
           memory: the sources.
 
         Returns:
-          AR logits [B, K, V] of places start + 1 .. start + K, NAR states [B, T, D], and the cache.
+          AR logits [B, N, V] of the places after those of the block, NAR states [B, T, D], and the cache.
         """
-        block, limit = tokens.shape[1], self.config.max_positions - 1
-        places = start[:, None] + jnp.arange(block)
-        cells = jnp.arange(cache.content[0][1].shape[2]) <= places[..., None]
+        read = tokens.shape[1]
         # Slots beyond the tables are never read.
-        slots, positions, cells = self._with_queries(tokens, jnp.minimum(places, limit), cells)
+        places = jnp.minimum(places, self.config.max_positions - 1)
+        slots, positions, cells = self._with_queries(tokens, places, sees)
         on_canvas = jnp.broadcast_to(jnp.arange(canvas.shape[1]), canvas.shape)
         on = masks.padding_mask(canvas != self.config.ids.pad)
-        sight = Sight(start, cells, on, block, slots.shape[1])
+        sight = Sight(start, cells, on, read, slots.shape[1])
         slots = jnp.concatenate([slots, canvas], axis=1)
         positions = jnp.concatenate([positions, on_canvas], axis=1)
         x, content = self.decoder.step(self._target_rows(slots), positions, cache.content, sight, memory)
-        return self.logits(x[:, :block]), x[:, block:], ArCache(content, cache.sources)
+        return self.logits(x[:, :read]), x[:, read:], ArCache(content, cache.sources)
 
     def _with_queries(
         self, tokens: jax.Array, places: jax.Array, cells: jax.Array
