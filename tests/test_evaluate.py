@@ -91,8 +91,9 @@ def test_the_first_examples_only(tiny_run, tiny_translator, tmp_path):
         ("ar", {}, {"checkpoint": "average:5", "limit": 10}, "ar-b5-average5-first10"),
         ("ar", {}, {"checkpoint": "1000"}, "ar-b5-step1000"),
         ("ar", {}, {"checkpoint": "latest"}, "ar-b5-latest"),
-        ("draft", {"draft_block": 4}, {}, "draft"),  # the same text
+        ("draft", {"draft_block": 4, "draft_branches": 0}, {}, "draft"),  # the same text
         ("draft", {"draft_block": 4, "draft_top_k": 3}, {}, "draft-k3-block4"),
+        ("draft", {"draft_branches": 2, "draft_top_k": 3}, {}, "draft-k3-branches2"),
         ("nar", {}, {"true_length": True, "checkpoint": "1000"}, "nar-T10-c3-true_length-step1000"),
     ],
 )
