@@ -93,7 +93,7 @@ WAYS = {
     "greedy": (autoregressive, generator()),
     "beam 4": (autoregressive, generator(beam=4)),
     "draft": (draft_and_verify, generator()),
-    "draft, branches": (draft_and_verify, generator(draft_branches=6)),
+    "draft, no branches": (draft_and_verify, generator(draft_branches=0)),
     "draft, tolerant": (draft_and_verify, generator(draft_top_k=3, draft_margin=2.0)),
     "nar": (non_autoregressive, generator()),
     "nar, rescored": (non_autoregressive, generator(rescore=True)),

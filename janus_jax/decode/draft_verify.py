@@ -295,10 +295,10 @@ def _draft(
     project: Project, states: jax.Array, texts: _Texts, place: jax.Array, options: DraftOptions
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What NAR would write after `place` [B], from its states [B, T, D]: `draft`, `others` and `instead`."""
+    if options.block == 1:  # room for the last accepted symbol alone
+        return texts.draft, texts.others, texts.instead
     rows, ids, forks = place.shape[0], options.search.ids, options.forks
     ahead, ends = place[:, None] + jnp.arange(1, options.block), texts.ends[:, None]
-    if options.block == 1:
-        return texts.draft, texts.others, texts.instead
     at = jnp.take_along_axis(states, jnp.minimum(ahead, options.canvas - 1)[..., None], axis=1)
     is_open = (ahead < ends - 1) & ~texts.done[:, None]
     given = jnp.where(ahead == ends - 1, ids.eos, ids.pad)
