@@ -16,10 +16,11 @@ test: $(READY)
 tables: $(READY)
 	$(BIN)/python -m pytest -n 0 tests/tables/smoke.py
 
-# Compiles for TPU topologies, which needs libtpu but no TPU.  A venv of its own: where libtpu is installed,
-# jax looks for a TPU at every start.
-topology: .venv-tpu/.ready
-	.venv-tpu/bin/python -m pytest -n 0 tests/tpu/topologies.py
+# Compiles for TPUs and GPUs, which needs their compilers but neither of them.  A venv of its own: where libtpu is
+# installed, jax looks for a TPU at every start.
+topology: .venv-compilers/.ready
+	.venv-compilers/bin/python -m pytest -n 0 tests/absent/tpus.py
+	.venv-compilers/bin/python -m pytest -n 0 tests/absent/gpus.py
 
 # An export needs jax, flatbuffers and sentencepiece, and nothing else of ours: run in a venv that has only these.
 export-check: .venv-bare/.ready
@@ -33,9 +34,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-.venv-tpu/.ready: $(READY)
-	$(PYTHON) -m venv .venv-tpu
-	.venv-tpu/bin/python -m pip install --quiet -e '.[dev,tpu]'
+.venv-compilers/.ready: $(READY)
+	$(PYTHON) -m venv .venv-compilers
+	.venv-compilers/bin/python -m pip install --quiet -e '.[dev,compilers]'
 	@touch $@
 
 .venv-bare/.ready: $(READY)
@@ -51,4 +52,4 @@ $(READY): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-tpu .venv-bare build *.egg-info
+	rm -rf $(VENV) .venv-compilers .venv-bare build *.egg-info

@@ -483,14 +483,17 @@ Measure training and decoding speed and memory, on the model of a run or on rand
 """
 
 COMPILE = """\
-Compile for TPUs that are not here, and report what each chip would need: memory and whether it fits,
-FLOPs, collectives, the roofline and the time it predicts.
+Compile for TPUs or GPUs that are not here, and report what each chip would need: memory and whether it fits,
+FLOPs, collectives, the roofline and the time it predicts; of GPUs how many kernels a program is cut into.
 
   janus-jax compile --config=configs/wmt14_ende.py --topology=v5e:16x16 --slices=2
+  janus-jax compile --config=configs/wmt14_ende.py --topology=h200:8 --slices=2   two hosts of eight GPUs
+  janus-jax compile --config=configs/demo.py --topology=h100:1 --config.decode.tokens=1   a sentence alone
   janus-jax compile --config=configs/demo.py --topology=local     run here, measured beside predicted
 
-Needs the extra [tpu], which holds libtpu, the compiler; no TPU.  v4 and v5p have slices in three
-dimensions (v4:4x4x8), v5e and v6e in two.  Lines marked (p) are predictions of a model.
+Needs the extra [compilers] (or, for TPUs alone, [tpu]): libtpu and jax's plugin for CUDA; no TPU and no
+GPU.  v4 and v5p have slices in three dimensions (v4:4x4x8), v5e and v6e in two; a100, a100-40gb, h100
+and h200 come with how many a host has.  Lines marked (p) are predictions of a model.
 
 exit codes: 1 when it does not fit; the nearest setting that does (micro-batches, remat, fsdp) is
 compiled too and named.
@@ -752,14 +755,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--topology",
         default="local",
         metavar="NAME",
-        help="generation and shape of a slice, such as v5e:16x16; local: the devices here (default: local)",
+        help="generation and shape of a slice, such as v5e:16x16, or GPUs of a host, such as h200:8; local: "
+        "the devices here (default: local)",
     )
-    flags_.add_argument("--slices", type=_positive, default=1, metavar="N", help="slices (default: 1)")
+    flags_.add_argument(
+        "--slices", type=_positive, default=1, metavar="N", help="slices, or hosts of GPUs (default: 1)"
+    )
     flags_.add_argument(
         "--programs",
-        default="train,ar,nar",
+        default="train,ar,nar,draft",
         metavar="NAME,...",
-        help="what to compile: train, ar, nar (default: all)",
+        help="what to compile: train, ar, nar, draft (default: all)",
     )
     flags_.add_argument(
         "--memory",

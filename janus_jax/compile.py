@@ -1,15 +1,18 @@
 """What a configuration needs on machines that are not here: `janus-jax compile --topology=v5e:16x16`.
 
-Compiles the train step, AR decoding and NAR decoding for a topology of TPUs, ahead of time, on any machine
-with libtpu; and reports for each chip: memory and whether it fits, FLOPs, what goes through the networks, and
-the roofline.  Everything but memory and the traffic is a prediction of a model (`chips.roofline`), and is
-marked so.  With `--topology=local` the programs are compiled for the devices here, run on random tokens, and
-measured beside the prediction.
+Compiles the train step and the ways of decoding for a topology of TPUs or of GPUs, ahead of time, on any
+machine with libtpu or jax's plugin for CUDA; and reports for each chip: memory and whether it fits, FLOPs,
+what goes through the networks, the roofline, and of GPUs how many kernels a program is cut into.  Everything
+but memory, the traffic and the kernels is a prediction of a model (`chips.roofline`), and is marked so.  With
+`--topology=local` the programs are compiled for the devices here, run on random tokens, and measured beside
+the prediction.
 
   train   one update at the bucket that computes most slots; rows are full
-  ar, nar one decoding batch on the chips of one host, which needs nothing of the others: every host decodes
+  ar, nar, draft
+          one decoding batch on the chips of one host, which needs nothing of the others: every host decodes
           its own sentences.  AR runs as many steps as the source has tokens (locally: to the limit, for
-          random weights do not stop), NAR all of decode.iterations.
+          random weights do not stop), NAR all of decode.iterations, drafts a pass for two of AR's steps
+          (locally as many as it has).
 
 Room: shell.
 """
@@ -41,10 +44,10 @@ from janus_jax.chips import Chip
 from janus_jax.config import Config, ConfigError
 from janus_jax.generate import Generator
 from janus_jax.mesh import MeshError
-from janus_jax.models import init_params
+from janus_jax.models import apart, init_params
 from janus_jax.step import init_state, train_step
 
-PROGRAMS = ("train", "ar", "nar")
+PROGRAMS = ("train", "ar", "nar", "draft")
 LOCAL = "local"
 RUNS = 5  # measured runs of a program, after one that warms up
 DOES_NOT_FIT = 1  # exit code
@@ -165,7 +168,8 @@ def make_report(
     for name in programs:
         if name not in PROGRAMS:
             raise CompileError(f"there is no program {name!r}; there are {', '.join(PROGRAMS)}")
-        if name != "train" and not losses.streams_needed(config.loss)[name]:
+        sides = {"train": (), "draft": ("ar", "nar")}.get(name, (name,))
+        if not all(losses.streams_needed(config.loss)[side] for side in sides):
             continue  # this objective does not train it
         program = build(name, config, machine)
         say(f"compiling {name} for {machine.slices} x {machine.topology} ...")
@@ -202,8 +206,8 @@ _MODEL_KEYS = (
     "remat_keep",
 )
 NOTE = (
-    "memory, FLOPs and collectives are those of the compiled program; seconds, tokens/s and utilisation are "
-    "predictions of a roofline from published chip figures, not measurements"
+    "memory, FLOPs, collectives and kernels are those of the compiled program; seconds, tokens/s and "
+    "utilisation are predictions of a roofline from published chip figures, not measurements"
 )
 
 
@@ -260,7 +264,7 @@ def _build_decode(name: str, config: Config, machine: Machine) -> Program:
     m = _one_host(config, machine)
     shares = mesh.row_shares(m)
     length = config.batch.buckets[-1]
-    width = config.decode.beam if name == "ar" else config.decode.candidates
+    width = {"ar": config.decode.beam, "nar": config.decode.candidates, "draft": 1}[name]
     rows = max(1, config.decode.tokens // (length * width))
     rows = -(-rows // shares) * shares
     if "ar" not in losses.taught(config.loss):  # nothing to score by, and decoding leaves it out
@@ -274,35 +278,43 @@ def _build_decode(name: str, config: Config, machine: Machine) -> Program:
         memory, lengths = generator.remember(params, source)
         return generator.non_autoregressive(params, memory, jnp.minimum(lengths, length), length)[1]
 
-    each = mesh.on_each_device({"ar": ar, "nar": nar}[name], m, (WHOLE, ROWS), ROWS)
-    params = jax.eval_shape(lambda: init_params(jax.random.key(0), config.model))
+    ways = {"ar": ar, "nar": nar, "draft": generator.draft}
+    each = mesh.on_each_device(ways[name], m, (WHOLE, ROWS), ROWS)
+
+    def weights() -> Any:  # as the engine lays them out
+        return apart(init_params(jax.random.key(0), config.model), config.model)
+
+    params = jax.eval_shape(weights)
     whole = jax.tree.map(lambda _: mesh.replicated(m), params)
     source = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=mesh.batch_sharding(m))
     limit = cost.decode_slots(config, length)
     steps = limit if machine.local else min(limit, length - 1)
-    iterations = config.decode.iterations
-    flops = (
-        cost.ar_decode(config, rows, length, steps)
-        if name == "ar"
-        else cost.nar_decode(config, rows, length, length)
-    )
+    passes = {
+        "ar": steps,
+        "nar": config.decode.iterations,
+        "draft": steps if machine.local else -(-steps // 2),
+    }
+    flops = {
+        "ar": lambda: cost.ar_decode(config, rows, length, steps),
+        "nar": lambda: cost.nar_decode(config, rows, length, length),
+        "draft": lambda: cost.draft_decode(config, rows, length, passes["draft"]),
+    }[name]()
 
     def start() -> tuple[Any, ...]:
-        weights = jax.jit(lambda: init_params(jax.random.key(0), config.model), out_shardings=whole)()
-        return weights, mesh.global_batch(m, {"source": _random_batch(config, rows, length)["source"]})[
-            "source"
-        ]
+        source = mesh.global_batch(m, {"source": _random_batch(config, rows, length)["source"]})["source"]
+        return jax.jit(weights, out_shardings=whole)(), source
 
     return Program(
         name,
         m,
-        {"rows": rows, "length": length, "width": width, "passes": steps if name == "ar" else iterations},
+        {"rows": rows, "length": length, "width": width, "passes": passes[name]},
         (mesh.with_shardings(params, whole), source),
         jax.jit(each),
         {"parameters": _bytes(params, whole), "optimizer": 0.0},
         flops,
-        {"": steps if name == "ar" else iterations},
-        rows * (steps if name == "ar" else length - 1),
+        # Inside a pass of NAR logits are read a quarter of the slots at a time, ever fewer.
+        {"body/while": (passes[name] + 1) / 2 / passes[name] * 4, "": passes[name]},
+        rows * (steps if name != "nar" else length - 1),
         start,
     )
 
@@ -373,7 +385,11 @@ def describe(compiled: Compiled, machine: Machine) -> dict[str, Any]:
     if compiled.executable is None:
         return found
     module, counts = hlo.parse(compiled.executable.as_text()), hlo.Counts(program.loops)
-    slice_of = [getattr(d, "slice_index", 0) or 0 for d in program.mesh.devices.flat]
+    of_gpus = program.mesh.devices.flat[0].platform == "gpu"
+    # What GPUs of different hosts exchange goes through the slower network.
+    slice_of = [
+        d.process_index if of_gpus else getattr(d, "slice_index", 0) or 0 for d in program.mesh.devices.flat
+    ]
     moved = hlo.collectives(module, counts, devices=size, slice_of=slice_of)
     traffic = hlo.memory_bytes(module, counts)
     roofline = chips.roofline(
@@ -384,6 +400,8 @@ def describe(compiled: Compiled, machine: Machine) -> dict[str, Any]:
         slice_chips=max(1, size // len(set(slice_of))),
     )
     found["hbm_traffic_bytes"] = traffic
+    if of_gpus:
+        found["launches"] = _launches(program, module)
     found["collectives"] = _totals(moved)
     found["loops"] = {"expected": program.loops, "counted_once": sorted(counts.unknown)}
     found["roofline_seconds"] = {k: getattr(roofline, k) for k in ("compute", "memory", "ici", "dcn")}
@@ -391,6 +409,18 @@ def describe(compiled: Compiled, machine: Machine) -> dict[str, Any]:
     found["predicted"] |= _rates(program, machine.chip, roofline.serial)
     if machine.local:
         found["measured"] = _rates(program, machine.chip, _measure(compiled)) | {"runs": RUNS}
+    return found
+
+
+def _launches(program: Program, module: hlo.Module) -> dict[str, float]:
+    """Kernels and waits of a run, and how many of them each pass of decoding adds."""
+    whole = hlo.launches(module, hlo.Counts(program.loops))
+    found = dataclasses.asdict(whole)
+    if "" in program.loops:
+        more = hlo.launches(module, hlo.Counts({**program.loops, "": program.loops[""] + 1}))
+        found |= {
+            f"{name}_of_a_pass": value - found[name] for name, value in dataclasses.asdict(more).items()
+        }
     return found
 
 
@@ -514,6 +544,9 @@ def _lines(kinds: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Callable[[di
     yield "fits", lambda p: "yes" if p["memory"]["fits"] else "NO"
     yield "FLOPs", lambda p: f"{p['flops']['executed'] / 1e9:,.3f} G"
     yield "main memory traffic", lambda p: _size(p.get("hbm_traffic_bytes", 0))
+    for key, label in (("kernels", "kernels"), ("waits", "waits of the host")):
+        yield label, _count("launches", key)
+        yield f"{label}, of a pass", _count("launches", f"{key}_of_a_pass")
     for kind, network in kinds:
         yield f"{kind}, {network.upper()}", moved(kind, network)
     for key, label in (("compute", "compute"), ("memory", "memory"), ("ici", "ICI"), ("dcn", "DCN")):
@@ -525,6 +558,10 @@ def _lines(kinds: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Callable[[di
         yield f"target tokens/s, of the chips that run it{mark}", _rate(part, "tokens_per_s", "{:,.0f}")
         yield f"utilisation of peak{mark}", _rate(part, "utilisation", "{:.1%}")
     yield "compile time", lambda p: f"{p['compile_seconds']:.1f} s"
+
+
+def _count(part: str, key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda p: f"{p[part][key]:,.0f}" if key in p.get(part, {}) else ""
 
 
 def _rate(part: str, key: str, form: str) -> Callable[[dict[str, Any]], str]:
@@ -591,11 +628,13 @@ def _one_host(config: Config, machine: Machine) -> Mesh:
     """All chips of one host as replicas: where decoding happens.
 
     The compiler takes whole slices alone, so for a pod it is a slice of one host: four chips in a square.
+    A host of GPUs is named as it is.
     """
     if machine.devices is None:
         return mesh.local_mesh(config.mesh)
     chip, _, shape = machine.topology.partition(":")
-    host = mesh.topology_devices(f"{chip}:{'2x2x1' if shape.count('x') == 2 else '2x2'}")
+    square = {0: shape, 1: "2x2", 2: "2x2x1"}[shape.count("x")]
+    host = mesh.topology_devices(f"{chip}:{square}")
     axes = (AxisType.Auto,) * len(sharding.AXES)
     return Mesh(np.array(host).reshape(-1, 1, 1), sharding.AXES, axis_types=axes)
 

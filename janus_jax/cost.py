@@ -7,7 +7,7 @@ Every padded slot counts, for it is computed; so these are the FLOPs of full row
 
 Letters: B rows, S source length, T target length, N decoder slots, C content slots, D model width, F ffn
 width, V vocabulary, L length classes, G length candidates or beams.
-Room: pure core.  Imports config, batch and losses.
+Room: pure core.  Imports config, batch, losses and decode.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import numpy as np
 from janus_jax import losses
 from janus_jax.batch import capacity, corrupt, example_rng
 from janus_jax.config import BatchConfig, Config, ModelConfig, SpecialIds
+from janus_jax.decode.beam import BeamOptions
+from janus_jax.decode.draft_verify import DraftOptions
 
 SAMPLES = 512  # targets whose masks are drawn to find the mean share of M
 
@@ -188,6 +190,28 @@ def nar_decode(config: Config, rows: int, source: int, slots: int) -> Flops:
         others = (c.decoder_layers - 1) * _decoder_layer(c, source, slots, streams, streams * slots)
         passes += others + layer + logits
     total = _memory(c, rows, source) + rows * canvases * passes
+    return Flops(total, total)
+
+
+def draft_decode(config: Config, rows: int, source: int, passes: float) -> Flops:
+    """Draft and verify: `passes` over `rows` blocks and the canvases beside them.
+
+    A block's slots count as if each attended the whole cache; logits are those of the block and of the places
+    that the next draft is read from.
+    """
+    c, decode = config.model, config.decode
+    places = decode_slots(config, source)
+    options = DraftOptions(
+        search=BeamOptions(beam=1, max_length=places),
+        block=decode.draft_block,
+        branches=decode.draft_branches,
+    )
+    block, canvas, cells = options.slots, places + 1, options.cells
+    content, inside = block + canvas, canvas**2
+    others = _decoder_layer(c, source, content, 2 * block + canvas, 2 * block * cells + inside)
+    last = _decoder_layer(c, source, content, block + canvas, block * cells + inside)
+    logits = (block + options.block - 1) * 2 * c.dim * c.vocab_size
+    total = _memory(c, rows, source) + passes * rows * ((c.decoder_layers - 1) * others + last + logits)
     return Flops(total, total)
 
 

@@ -4,6 +4,10 @@ XLA's own cost analysis counts the body of a loop once and knows no slices, so t
 the text is parsed into computations, and a walk from the entry follows calls, fusions and loops with the
 number of times that each instruction runs.
 
+What the text of GPU programs needs besides the obvious: a loop or a branch that data decide on is looked at
+by the host, which waits for the device each time; products of a library list its scratch memory among their
+results.
+
 What the text of TPU programs needs besides the obvious:
 
   * a collective that is cut up to overlap with compute appears several times, all with one `chain_id`;
@@ -34,6 +38,7 @@ _FREE = {
     "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "send", "recv", "domain",
 }  # fmt: skip
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
 class HloError(ValueError):
@@ -139,6 +144,14 @@ class Collective:
         )
 
 
+@dataclass(frozen=True)
+class Launches:
+    """What a GPU's host has to do in one run of a program, beside starting it."""
+
+    kernels: float  # that it hands over; copies on the device and library calls count as one each
+    waits: float  # for the device, to see whether a loop goes on or which branch is taken
+
+
 @dataclass
 class Counts:
     """How often loops run whose count the program itself decides, and which of them nobody knew."""
@@ -226,8 +239,7 @@ def walk(module: Module, counts: Counts) -> Iterator[Visit]:
                 trips = _trips(module, instruction, counts)
                 yield from visit(body, times * trips, (*loops, instruction.name), fused)
             elif instruction.opcode == "conditional":
-                keys = ("branch_computations", "true_computation", "false_computation")
-                for branch in instruction.called(*keys):
+                for branch in instruction.called(*_BRANCHES):
                     yield from visit(branch, times, loops, fused)
             elif instruction.opcode in ("fusion", "call", "async-start"):
                 inside = fused or instruction.opcode == "fusion"
@@ -281,6 +293,35 @@ def collectives(
     return [c for c in found if c.group > 1]
 
 
+def launches(module: Module, counts: Counts) -> Launches:
+    """Kernels of a program for GPUs, and how often its host waits.  Of a conditional, the dearest branch."""
+
+    def of(name: str) -> Launches:
+        kernels = waits = 0.0
+        for i in module.computations.get(name, ()):
+            if i.opcode == "while":
+                (body,), (condition,) = i.called("body"), i.called("condition")
+                each, test, times = of(body), of(condition), _trips(module, i, counts)
+                kernels, waits = kernels + times * each.kernels, waits + times * each.waits
+                if trip_count(module, i) is None:
+                    kernels, waits = kernels + (times + 1) * test.kernels, waits + times + 1
+            elif i.opcode == "conditional":
+                branches = [of(branch) for branch in i.called(*_BRANCHES)]
+                kernels += max(branch.kernels for branch in branches)
+                waits += 1 + max(branch.waits for branch in branches)
+            elif i.opcode in ("call", "async-start"):
+                inside = [of(called) for called in i.called("calls", "to_apply")]
+                kernels, waits = (
+                    kernels + sum(x.kernels for x in inside),
+                    waits + sum(x.waits for x in inside),
+                )
+            elif i.opcode not in _FREE and not i.opcode.endswith("-done"):
+                kernels += 1
+        return Launches(kernels, waits)
+
+    return of(module.entry)
+
+
 def memory_bytes(module: Module, counts: Counts) -> float:
     """Bytes read from and written to main memory in one run, as far as the text tells.
 
@@ -304,6 +345,8 @@ def memory_bytes(module: Module, counts: Counts) -> float:
             reads, writes = [update], update
         elif i.opcode == "copy-start":
             writes = _main(i.shapes[:1])
+        elif i.opcode == "custom-call" and "__cublas" in i.attributes:
+            writes = _main([s for s in i.shapes if s.dtype != "s8"])  # less its scratch memory
         elif i.opcode == "fusion" and (called := i.called("calls")):
             partly, written = _fusion_use(module, called[0], used)
             reads = [min(size, partly.get(n, size)) for n, size in enumerate(reads)]

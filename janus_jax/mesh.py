@@ -21,7 +21,7 @@ from jax.experimental import mesh_utils, topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from janus_jax import sharding
+from janus_jax import gpus, sharding
 from janus_jax.config import MeshConfig
 
 Tree = Any  # a pytree
@@ -274,21 +274,25 @@ def _divisors(n: int) -> list[int]:
 # Shapes of slices that Cloud TPU offers; other products work as well.
 _PLANES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
-TOPOLOGIES = {"v4": _CUBES, "v5e": _PLANES, "v5p": _CUBES, "v6e": _PLANES}
+_HOSTS = tuple(str(2**n) for n in range(gpus.MOST.bit_length()))
+TOPOLOGIES = {"v4": _CUBES, "v5e": _PLANES, "v5p": _CUBES, "v6e": _PLANES, **dict.fromkeys(gpus.GPUS, _HOSTS)}
 
 
 def topology_devices(name: str, slices: int = 1) -> list[Any]:
-    """Descriptions of the devices of TPU slices that need not be here: to compile for, not to run on.
+    """Descriptions of devices that need not be here: to compile for, not to run on.
 
     Args:
-      name: generation and shape of one slice, such as "v5e:16x16" or "v4:4x4x8".
-      slices: how many of them.
+      name: of TPUs, generation and shape of one slice, such as "v5e:16x16" or "v4:4x4x8"; of GPUs, model and
+        how many of them a host has, such as "h200:8".
+      slices: how many slices, or hosts.
 
     Raises:
-      MeshError: no such topology, or libtpu, which holds the compiler, is not installed.
+      MeshError: no such topology, or libtpu, or jax's plugin for CUDA, which hold the compilers, is not
+        installed.
     """
     chip, _, shape = name.partition(":")
-    if chip not in TOPOLOGIES or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    form = r"[1-8]" if chip in gpus.GPUS else r"\d+(x\d+){1,2}"
+    if chip not in TOPOLOGIES or not re.fullmatch(form, shape):
         near = difflib.get_close_matches(
             name, [f"{c}:{s}" for c, all_ in TOPOLOGIES.items() for s in all_], 1
         )
@@ -296,11 +300,15 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
             f"there is no topology {name!r}{f'; did you mean {near[0]!r}?' if near else ''}  Write "
             "GENERATION:SHAPE, " + ", or ".join(f"{c}:{{{','.join(TOPOLOGIES[c])}}}" for c in TOPOLOGIES)
         )
-    # Without these, libtpu looks for the machine that it is on, and complains when there is none.
-    for key, value in _NO_TPU_HERE.items():
+    # Without these, the compilers look for the machine that they are on, and complain when there is none.
+    for key, value in _NO_DEVICE_HERE.items():
         os.environ.setdefault(key, value)
     # A program for absent devices cannot be read back from the cache: jax warns, and compiles again.
     jax.config.update("jax_enable_compilation_cache", False)
+    return _gpus(chip, shape, slices) if chip in gpus.GPUS else _tpus(chip, name, slices)
+
+
+def _tpus(chip: str, name: str, slices: int) -> list[Any]:
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if chip == "v4":
         options["chip_config_name"] = "megacore"  # one device per chip, as on the machines themselves
@@ -318,11 +326,30 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
         raise MeshError(f"libtpu cannot describe {name!r}: {reason}") from error
 
 
-_NO_TPU_HERE = {
+def _gpus(model: str, count: str, hosts: int) -> list[Any]:
+    described = gpus.GPUS[model].description()
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda", target_config=described, topology=f"{hosts}x1x{count}"
+        )
+    except NotImplementedError as error:
+        raise MeshError(
+            "compiling for NVIDIA GPUs needs jax's plugin for CUDA, which is not installed: "
+            "pip install 'janus-jax[compilers]'"
+        ) from error
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise MeshError(f"jax's plugin for CUDA cannot describe {model}:{count}: {reason}") from error
+    return list(found.devices)
+
+
+_NO_DEVICE_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is used, so none needs to be locked
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # it asks the driver
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # the plugin says that there is no driver
 }

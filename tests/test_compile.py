@@ -104,7 +104,7 @@ def test_the_report_of_what_is_here(capsys, tmp_path, machine, monkeypatch):
     assert found["fits"]
     assert found["devices"] == 8
     assert found["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert found["programs"].keys() == {"train", "ar", "nar"}
+    assert found["programs"].keys() == {"train", "ar", "nar", "draft"}
     for name, one in found["programs"].items():
         assert one["measured"]["seconds"] > 0
         assert one["predicted"]["seconds"] >= one["predicted"]["seconds_if_overlapped"] > 0
@@ -195,6 +195,9 @@ def cache():
         ("v5:4x4", r"did you mean 'v5[ep]:"),
         ("tpu", "Write GENERATION:SHAPE"),
         ("", "v6e:{2x2"),
+        ("h200", "did you mean .h[12]00:[1248]"),
+        ("h200:9", r"h200:\{1,2,4,8\}"),
+        ("h20:8", "did you mean 'h[12]00:8'"),
     ],
 )
 def test_topologies_that_there_are_not(name, remedy):
@@ -209,6 +212,38 @@ def test_without_libtpu(monkeypatch, cache):
     monkeypatch.setattr(mesh.topologies, "get_topology_desc", missing)
     with pytest.raises(mesh.MeshError, match=r"pip install 'janus-jax\[tpu\]'"):
         mesh.topology_devices("v5e:4x4")
+
+
+def test_without_the_plugin_for_cuda(monkeypatch, cache):
+    def missing(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(mesh.topologies, "get_topology_desc", missing)
+    with pytest.raises(mesh.MeshError, match=r"pip install 'janus-jax\[compilers\]'"):
+        mesh.topology_devices("h200:8")
+
+
+def test_gpus_that_the_plugin_refuses(monkeypatch, cache):
+    def refused(**_):
+        raise RuntimeError("FAILED_PRECONDITION: cannot parse\nmore")
+
+    monkeypatch.setattr(mesh.topologies, "get_topology_desc", refused)
+    with pytest.raises(mesh.MeshError, match=r"cannot describe h200:2: FAILED_PRECONDITION: cannot parse$"):
+        mesh.topology_devices("h200:2")
+
+
+def test_hosts_of_gpus_are_asked_for(monkeypatch, cache):
+    asked = {}
+
+    class Described:
+        devices = ("a GPU",)
+
+    monkeypatch.setattr(
+        mesh.topologies, "get_topology_desc", lambda **words: asked.update(words) or Described
+    )
+    assert mesh.topology_devices("a100:4", 2) == ["a GPU"]
+    assert (asked["platform"], asked["topology"]) == ("cuda", "2x1x4")
+    assert "core_count: 108" in asked["target_config"]
 
 
 def test_shapes_that_the_compiler_refuses(monkeypatch, cache):
@@ -260,7 +295,7 @@ def test_without_an_ar_side_nothing_is_scored_again(machine):
 
 
 def test_unknown_programs(machine):
-    with pytest.raises(compile.CompileError, match="no program 'trian'; there are train, ar, nar"):
+    with pytest.raises(compile.CompileError, match="no program 'trian'; there are train, ar, nar, draft"):
         compile.make_report(tiny(), machine, ["trian"])
 
 

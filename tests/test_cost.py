@@ -187,6 +187,18 @@ def test_decoding_against_the_products_of_its_steps():
     assert once == rescoring - logits + logits / 4
 
 
+@pytest.mark.parametrize("branches", [0, 5])
+def test_drafts_against_the_products_of_a_pass(branches):
+    c = configuration()
+    c = dataclasses.replace(c, decode=dataclasses.replace(c.decode, draft_block=4, draft_branches=branches))
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), c.model))
+    source = jax.ShapeDtypeStruct((2, 12), jnp.int32)
+    generator = Generator(c.model, c.decode)
+    encode = products(jax.make_jaxpr(generator.remember)(params, source).jaxpr)
+    one = products(jax.make_jaxpr(generator.draft)(params, source).jaxpr) - encode  # loop body once
+    assert cost.draft_decode(c, 2, 12, 5).model == encode + 5 * one
+
+
 def test_slots_of_decoding_are_the_generator_s():
     c = configuration()
     assert cost.decode_slots(c, 12) == Generator(c.model, c.decode).slots(12)

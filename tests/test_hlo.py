@@ -86,6 +86,74 @@ ENTRY %main (a: s32[], b: f32[6,32,64]) -> f32[6,32,64] {
 """  # noqa: E501
 
 
+# What the parts look like in programs for GPUs.
+GPU = """\
+HloModule jit_decode, is_scheduled=true
+
+%open (state: (s32[], f32[4])) -> pred[] {
+  %state = (s32[], f32[4]{0}) parameter(0)
+  %counter = s32[] get-tuple-element(%state), index=0
+  ROOT %still = pred[] fusion(%counter), kind=kLoop, calls=%less
+}
+
+%narrow (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  ROOT %once = f32[4]{0} fusion(%x), kind=kLoop, calls=%twice
+}
+
+%wide (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %one = f32[4]{0} fusion(%x), kind=kLoop, calls=%twice
+  ROOT %two = f32[4]{0} fusion(%one), kind=kLoop, calls=%twice
+}
+
+%body (state: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %state = (s32[], f32[4]{0}) parameter(0)
+  %counter = s32[] get-tuple-element(%state), index=0
+  %x = f32[4]{0} get-tuple-element(%state), index=1
+  %product = (f32[4]{0}, s8[33554432]{0}) custom-call(%x, %x), custom_call_target="__cublas$lt$matmul"
+  %y = f32[4]{0} get-tuple-element(%product), index=0
+  %read = f32[4]{0} conditional(%counter, %y, %y), branch_computations={%narrow, %wide}
+  ROOT %next = (s32[], f32[4]{0}) tuple(%counter, %read)
+}
+
+%layer (state: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %state = (s32[], f32[4]{0}) parameter(0)
+  %counter = s32[] get-tuple-element(%state), index=0
+  %x = f32[4]{0} get-tuple-element(%state), index=1
+  %y = f32[4]{0} fusion(%x), kind=kLoop, calls=%twice
+  ROOT %next = (s32[], f32[4]{0}) tuple(%counter, %y)
+}
+
+ENTRY %main (a: s32[], b: f32[4]) -> f32[4] {
+  %a = s32[] parameter(0)
+  %b = f32[4]{0} parameter(1)
+  %copied = f32[4]{0} copy(%b)
+  %state = (s32[], f32[4]{0}) tuple(%a, %copied)
+  %layers = (s32[], f32[4]{0}) while(%state), condition=%open, body=%layer, backend_config={"known_trip_count":{"n":"6"}}
+  %steps = (s32[], f32[4]{0}) while(%layers), condition=%open, body=%body, metadata={op_name="jit(decode)/while"}
+  ROOT %out = f32[4]{0} get-tuple-element(%steps), index=1
+}
+"""  # noqa: E501
+
+
+def test_what_the_host_of_a_gpu_has_to_do():
+    module = hlo.parse(GPU)
+    # A copy; six layers, whose count is known beforehand; four steps of a product and the dearer branch, and
+    # five looks at the condition, each of them a kernel.
+    found = hlo.launches(module, hlo.Counts({"decode": 4}))
+    assert found == hlo.Launches(kernels=1 + 6 * 1 + 4 * (1 + 2) + 5, waits=4 * 1 + 5)
+    counts = hlo.Counts()
+    assert hlo.launches(module, counts).waits == 1 + 2
+    assert counts.unknown == {"jit(decode)/while"}
+
+
+def test_scratch_memory_of_a_product_is_no_traffic():
+    steps = [hlo.memory_bytes(hlo.parse(GPU), hlo.Counts({"decode": n})) for n in (1, 2)]
+    # A step reads two operands and writes one, and (both branches count) runs three fusions.
+    assert steps[1] - steps[0] == 3 * 16 + 3 * 32
+
+
 def test_parsing():
     module = hlo.parse(TPU)
     assert module.entry == "main"

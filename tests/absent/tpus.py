@@ -1,4 +1,4 @@
-"""Programs compiled for TPU topologies: needs libtpu, no TPU.  `make topology` runs it.
+"""Programs compiled for TPUs that are not there: needs libtpu.  `make topology` runs it.
 
 Its name keeps it out of the main suite, which does without libtpu; nothing here is ever skipped.
 """
@@ -66,7 +66,7 @@ def test_the_verb(capsys, tmp_path, monkeypatch):
     assert cli.main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["devices"], found["chip"]["name"]) == (8, "TPU v5p")
-    assert found["programs"].keys() == {"train", "ar", "nar"}
+    assert found["programs"].keys() == {"train", "ar", "nar", "draft"}
     assert all(p["predicted"]["seconds"] > 0 and "measured" not in p for p in found["programs"].values())
 
 
