@@ -31,7 +31,7 @@ def products(jaxpr):
     """FLOPs of all matrix products of a jaxpr, loops of known length counted as often as they run.
 
     A product of rows with rows is a reduction, its gradient no product at all.  Of branches the dearest
-    counts: a step late in a long cache.
+    counts: a step late in a long cache.  Of forms for several platforms, a CPU's.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -40,6 +40,9 @@ def products(jaxpr):
             left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
             if contracted and len(out) > len(rows):
                 total += 2 * math.prod(out) * math.prod(left[i] for i in contracted)
+        if equation.params.get("branches_platforms"):  # a CPU's comes first
+            total += products(equation.params["branches"][0].jaxpr)
+            continue
         if equation.primitive.name == "cond":
             total += max(products(branch.jaxpr) for branch in equation.params["branches"])
             continue

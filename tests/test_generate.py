@@ -100,6 +100,26 @@ WAYS = {
 }
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_other_devices_compute_is_what_a_cpu_computes(way, params, source, monkeypatch):
+    """Some things have a form for CPUs, which all other tests see, and one for accelerators."""
+    function, g = WAYS[way]
+    wide = np.pad(source, [(0, 0), (0, 28)], constant_values=IDS.pad)  # a cache of more than one window
+    forms = []
+
+    def run():
+        return jax.tree.map(np.asarray, jax.jit(lambda p, s: function.__wrapped__(g, p, s))(params, wide))
+
+    here = run()
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, default, **_: forms.append(1) or default(*args)
+    )
+    elsewhere = run()
+    assert forms
+    np.testing.assert_array_equal(here.tokens, elsewhere.tokens)
+    np.testing.assert_allclose(here.scores, elsewhere.scores, rtol=1e-5)
+
+
 @pytest.mark.parametrize("way", ["greedy", "beam 4", "draft", "nar"])
 def test_sentences_that_leave_their_batch_lose_nothing(way, params, monkeypatch):
     """72 sentences in batches of 72, 36 and 18, against all rounds by all of them."""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from janus_jax.config import ModelConfig, SpecialIds
 from janus_jax.models import Janus, empty_cache, init_params
-from janus_jax.models.transformer import windows
+from janus_jax.models.transformer import layer_norm, windows
 
 IDS = SpecialIds()
 BASE = ModelConfig(
@@ -236,6 +237,31 @@ def close(ours, theirs):
 )
 def test_windows_of_a_cache(cells, sizes):
     assert windows(cells) == sizes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_norm_and_its_gradient_are_flax_s(dtype):
+    rng = np.random.default_rng(8)
+    x = jnp.asarray(3 + 2 * rng.normal(size=(4, 5, 16)), dtype)
+    params = {"scale": jnp.asarray(rng.normal(size=16)), "bias": jnp.asarray(rng.normal(size=16))}
+    ours = layer_norm(dataclasses.replace(BASE, dtype=dtype))
+    theirs = nn.LayerNorm(epsilon=BASE.norm_eps, dtype=jnp.dtype(dtype))
+
+    def apply(norm, params, x):
+        return norm.apply({"params": params}, x)
+
+    def gradients(norm):
+        loss = lambda params, x: jnp.sum(jnp.sin(apply(norm, params, x).astype(jnp.float32)))  # noqa: E731
+        return jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(params, x))
+
+    exact = 1e-5 if dtype == "float32" else 2e-2
+    found = apply(ours, params, x)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(
+        np.float32(found), np.float32(apply(theirs, params, x)), rtol=exact, atol=exact
+    )
+    for mine, other in zip(gradients(ours), gradients(theirs), strict=True):
+        np.testing.assert_allclose(np.float32(mine), np.float32(other), rtol=10 * exact, atol=exact)
 
 
 def test_a_cache_read_in_windows_gives_what_one_pass_gives():

@@ -397,18 +397,29 @@ def _write(buffers: Any, values: Any, place: jax.Array) -> Any:
 
 
 def _read_out(trace: _Trace, closed: _Closed, options: BeamOptions) -> BeamResult:
-    """The symbols of each closed hypothesis, followed backwards through the trace."""
+    """The symbols of each closed hypothesis, followed backwards through the trace.
 
-    def back(slots: jax.Array, at: tuple[jax.Array, _Trace]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        here, chosen = at
-        before, eos = here < closed.lengths - 1, here == closed.lengths - 1
-        chosen = _take(chosen, slots)
-        token = jnp.where(before, chosen.tokens, jnp.where(eos, options.ids.eos, options.ids.pad))
-        log_prob = jnp.where(before, chosen.log_probs, jnp.where(eos, closed.log_probs, 0.0))
-        return jnp.where(before, chosen.parents, slots), (token, log_prob)
-
-    places = jnp.arange(options.max_length)
-    _, (tokens, log_probs) = lax.scan(back, closed.parents, (places, trace), reverse=True)
+    Not a place at a time: L is walked in steps that double, so that a GPU gets a few kernels and not some
+    for each place.  A hypothesis waits, at a state of its own, until the place before its EOS.
+    """
+    slots, beam = options.max_length, options.beam
+    here = jnp.arange(slots)[:, None, None]
+    waiting = jnp.broadcast_to(beam + jnp.arange(beam, dtype=jnp.int32), trace.parents.shape)
+    leaving = jnp.where(here == closed.lengths - 1, closed.parents, waiting)
+    # back[t]: for each state at place t + 1, a slot or a hypothesis that waits, the one that it had at t.
+    states = jnp.broadcast_to(
+        jnp.arange(2 * beam, dtype=jnp.int32), (*here.shape[:1], closed.lengths.shape[0], 2 * beam)
+    )
+    back = jnp.concatenate([jnp.concatenate([trace.parents, leaving], axis=2)[1:], states[:1]])
+    reach = 1
+    while reach < slots:  # now from as many places on, at the most the last
+        further = jnp.concatenate([back[reach:], states[:reach]])
+        back, reach = jnp.take_along_axis(back, further, axis=2), 2 * reach
+    chosen = jnp.minimum(back[:, :, beam:], beam - 1)
+    tokens, log_probs = (jnp.take_along_axis(x, chosen, axis=2) for x in (trace.tokens, trace.log_probs))
+    before, eos = here < closed.lengths - 1, here == closed.lengths - 1
+    tokens = jnp.where(before, tokens, jnp.where(eos, options.ids.eos, options.ids.pad))
+    log_probs = jnp.where(before, log_probs, jnp.where(eos, closed.log_probs, 0.0))
     return BeamResult(
         tokens=jnp.moveaxis(tokens, 0, -1),
         lengths=closed.lengths,

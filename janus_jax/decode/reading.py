@@ -6,6 +6,7 @@ Room: pure core.  Imports symbols only; knows no model; touches no file, no devi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,7 @@ from janus_jax.decode.symbols import allowed, best, top
 
 Project = Callable[[jax.Array], jax.Array]
 
-AT_ONCE = 2048  # most slots whose logits exist at a time; a quarter of all if that is less
+AT_ONCE = 2048  # most slots whose logits exist at a time; on a CPU a quarter of all if that is less
 AT_LEAST = 16
 OF_ANY = 256  # where the number of rows is a symbol (`janus-jax export`)
 
@@ -100,13 +101,37 @@ def _walk(
 
     `each` is the shape of what is read of a slot.
     """
+    known = states[..., 0].size
+
+    def all_of_them(states: jax.Array, where: jax.Array) -> tuple[jax.Array, ...]:
+        flat = states.reshape(-1, states.shape[-1])
+        found = read(project(flat).astype(jnp.float32), jnp.arange(known))
+        return tuple(_kept(x.reshape(*where.shape, *each), where) for x in found)
+
+    if not isinstance(known, int):  # a symbol
+        return _turns(project, states, where, read, dtypes, each, OF_ANY)
+    if known <= AT_LEAST:  # one turn would read them all
+        return all_of_them(states, where)
+    size = min(AT_ONCE, max(AT_LEAST, -(-known // 4)))
+    in_turn = functools.partial(_turns, project, read=read, dtypes=dtypes, each=each, size=size)
+    if known > AT_ONCE:
+        return in_turn(states, where)
+    # Elsewhere a few logits more cost nothing, and on a GPU the host would wait at each turn.
+    return lax.platform_dependent(states, where, cpu=in_turn, default=all_of_them)
+
+
+def _turns(
+    project: Project,
+    states: jax.Array,
+    where: jax.Array,
+    read: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
+    dtypes: tuple[type, ...],
+    each: tuple[int, ...],
+    size: int,
+) -> tuple[jax.Array, ...]:
+    """As `_walk`, `size` slots at a time, as often as the chosen ones want."""
     flat = states.reshape(-1, states.shape[-1])
-    size, known = OF_ANY, flat.shape[0]
-    if isinstance(known, int):
-        if known <= AT_LEAST:  # one step would read them all
-            found = read(project(flat).astype(jnp.float32), jnp.arange(known))
-            return tuple(_kept(x.reshape(*where.shape, *each), where) for x in found)
-        size = min(AT_ONCE, max(AT_LEAST, -(-known // 4)))
+    known = flat.shape[0]
     order = jnp.argsort(~where.reshape(-1), stable=True)  # the chosen slots, then the others
     order = jnp.pad(order, (0, size))
     count = jnp.sum(where, dtype=jnp.int32)

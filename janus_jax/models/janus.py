@@ -423,7 +423,7 @@ class _Input(nn.Module):
             places = sinusoidal_positions(positions, c.dim)
         x = constrain(tokens + places.astype(tokens.dtype), ROWS)
         if c.embed_norm:
-            x = nn.LayerNorm(epsilon=c.norm_eps, dtype=x.dtype, name="norm")(x)
+            x = layer_norm(c, name="norm")(x)
         if c.dropout and self.has_rng("dropout"):
             x = nn.Dropout(c.dropout, deterministic=False)(x)
         return x

@@ -263,19 +263,21 @@ class DecoderLayer(_Layer):
             _write_cells(cells[1], v[:, :, : sight.content], sight.start, axis=2),
         )
         x, h = x[:, sight.kept :], h[:, sight.kept :]
-        q, ar = self.attention.queries(h), sight.ar - sight.kept
-        seen = [self._over_cells(q[:, :ar], cells, sight)]
-        if sight.canvas is not None:
-            own = (k[..., sight.content :], v[:, :, sight.content :])
-            seen.append(self.attention.gather(q[:, ar:], own, sight.canvas))
-        x = self._leaving(x, self.attention_norm, self.attention.out(jnp.concatenate(seen, axis=1)))
+        q = self.attention.queries(h)
+        if sight.canvas is None:
+            seen = self._over_cells(q, cells, sight)
+        else:
+            own = k[..., sight.content :], v[:, :, sight.content :]
+            seen = self._over_cells_and_canvas(q, cells, own, sight)
+        joined = seen.reshape(*seen.shape[:-2], -1)
+        x = self._leaving(x, self.attention_norm, self.attention.out(joined))
         return self._rest(x, memory, source_mask), cells
 
     def _over_cells(self, q: jax.Array, content: KeysValues, sight: Sight) -> jax.Array:
-        """AR slots [B, N, H, K] attend the cells -> [B, N, D].
+        """AR slots [B, N, H, K] attend the cells -> [B, N, H, K].
 
-        Cells that nothing has been written to yet are not read, as far as few sizes can tell.  Beside a
-        canvas (draft and verify) they cost too little to be worth it.
+        Cells that nothing has been written to yet are not read, as far as few sizes can tell.  On a GPU,
+        whose host would wait in each layer to learn the size, they cost too little to be worth it.
         """
         drop, mask = self.attention.drop, sight.cells[:, sight.kept :]
 
@@ -283,16 +285,52 @@ class DecoderLayer(_Layer):
             return attend(q, k[..., :size], v[..., :size, :], mask[..., :size], drop)
 
         cells = content[1].shape[2]
-        sizes = windows(cells) if sight.canvas is None else (cells,)
-        written = jnp.max(sight.start) + sight.content
-        found = jax.lax.switch(
-            jnp.sum(written > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32),
-            [functools.partial(over, size) for size in sizes],
-            q,
-            *content,
-            mask,
-        )
-        return found.reshape(*q.shape[:-2], -1)
+        sizes = windows(cells)
+
+        def over_written(*seen: jax.Array) -> jax.Array:
+            written = jnp.max(sight.start) + sight.content
+            size = jnp.sum(written > jnp.asarray(sizes[:-1], jnp.int32), dtype=jnp.int32)
+            return jax.lax.switch(size, [functools.partial(over, size) for size in sizes], *seen)
+
+        over_all, seen = functools.partial(over, cells), (q, *content, mask)
+        if len(sizes) == 1:
+            return over_all(*seen)
+        return jax.lax.platform_dependent(*seen, cpu=over_written, tpu=over_written, default=over_all)
+
+    def _over_cells_and_canvas(
+        self, q: jax.Array, content: KeysValues, own: KeysValues, sight: Sight
+    ) -> jax.Array:
+        """AR slots attend the cells, a canvas attends itself (draft and verify) -> [B, N, H, K].
+
+        All cells are read: beside a canvas they cost too little to be told apart.
+        """
+        drop, cells, on = self.attention.drop, sight.cells[:, sight.kept :], sight.canvas
+        assert on is not None
+
+        def apart(
+            q: jax.Array, content: KeysValues, own: KeysValues, cells: jax.Array, on: jax.Array
+        ) -> jax.Array:
+            ar = cells.shape[1]
+            seen = attend(q[:, :ar], *content, cells, drop), attend(q[:, ar:], *own, on, drop)
+            return jnp.concatenate(seen, axis=1)
+
+        def at_once(
+            q: jax.Array, content: KeysValues, own: KeysValues, cells: jax.Array, on: jax.Array
+        ) -> Any:
+            k = jnp.concatenate([content[0], own[0]], axis=3)
+            v = jnp.concatenate([content[1], own[1]], axis=2)
+            of_canvas = jnp.broadcast_to(on, (q.shape[0], on.shape[2], on.shape[2]))
+            ar = jnp.pad(cells, [(0, 0), (0, 0), (0, on.shape[2])])
+            return attend(
+                q,
+                k,
+                v,
+                jnp.concatenate([ar, jnp.pad(of_canvas, [(0, 0), (0, 0), (cells.shape[2], 0)])], 1),
+                drop,
+            )
+
+        # Twice the scores, a third of the kernels.
+        return jax.lax.platform_dependent(q, content, own, cells, on, cpu=apart, default=at_once)
 
     def _self_attention(self, x: jax.Array, plan: Plan) -> jax.Array:
         h = self._entering(x, self.attention_norm)
@@ -424,9 +462,46 @@ def run_cached(
     return x, tuple(written)
 
 
-def layer_norm(config: ModelConfig) -> nn.Module:
+def layer_norm(config: ModelConfig, name: str | None = None) -> nn.Module:
     """Layer norm over D, statistics in float32."""
-    return nn.LayerNorm(epsilon=config.norm_eps, dtype=jnp.dtype(config.dtype))
+    return LayerNorm(config.norm_eps, config.dtype, name=name)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm whose variance is taken in the form that is cheapest where it is asked for."""
+
+    eps: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[.., D] -> [.., D] in `dtype`."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return _normalised(x.astype(jnp.dtype(self.dtype)), scale, bias, self.eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Where no gradient is taken: the mean square of what the mean leaves, which XLA makes one kernel of."""
+    wide = x.astype(jnp.float32)
+    rest = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(rest), axis=-1, keepdims=True)
+    return (rest * (jax.lax.rsqrt(variance + eps) * scale) + bias).astype(x.dtype)
+
+
+def _normalised_at_once(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Both means of one reading of `x`: less is kept for the gradient, and moved."""
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.maximum(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
+    return ((wide - mean) * (jax.lax.rsqrt(variance + eps) * scale) + bias).astype(x.dtype)
+
+
+_normalised.defvjp(
+    lambda x, scale, bias, eps: jax.vjp(functools.partial(_normalised_at_once, eps=eps), x, scale, bias),
+    lambda eps, pull_back, gradient: pull_back(gradient),
+)
 
 
 def sinusoidal_positions(positions: jax.Array, dim: int) -> jax.Array:
@@ -456,8 +531,23 @@ def _write_cells(cache: jax.Array, fresh: jax.Array, start: jax.Array, axis: int
     fresh = fresh.astype(cache.dtype)
     if start.ndim == 0:
         return jax.lax.dynamic_update_slice_in_dim(cache, fresh, start, axis=axis)
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
-    return jax.vmap(write)(cache, fresh, start)
+
+    def in_place(cache: jax.Array, fresh: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1))(
+            cache, fresh, start
+        )
+
+    def anew(cache: jax.Array, fresh: jax.Array, start: jax.Array) -> jax.Array:
+        of_fresh = jnp.arange(cache.shape[axis]) - start[:, None]
+        shape = [
+            start.shape[0] if a == 0 else cache.shape[axis] if a == axis else 1 for a in range(cache.ndim)
+        ]
+        of_fresh = of_fresh.reshape(shape)
+        moved = jnp.take_along_axis(fresh, jnp.clip(of_fresh, 0, fresh.shape[axis] - 1), axis=axis)
+        return jnp.where((of_fresh >= 0) & (of_fresh < fresh.shape[axis]), moved, cache)
+
+    # Writing all cells is one kernel of a GPU; writing some of each sentence is a scatter, two.
+    return jax.lax.platform_dependent(cache, fresh, start, cpu=in_place, default=anew)
 
 
 def _dropout(module: nn.Module, rate: float) -> Callable[[jax.Array], jax.Array]:

@@ -5,9 +5,13 @@ Its name keeps it out of the main suite, which does without the plugin; nothing 
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from janus_jax import cli, compile, config, hlo
+from janus_jax.models.transformer import layer_norm
 
 # As in tests/test_compile.py: 251 is a factor of the vocabulary alone, 3 of numbers of slots alone.
 VALUES = {
@@ -65,6 +69,20 @@ def test_the_verb(capsys, tmp_path, monkeypatch):
     for one in found["programs"].values():
         assert one["predicted"]["seconds"] > 0
         assert one["launches"]["kernels"] > one["launches"]["kernels_of_a_pass"] > 10
+        # The host looks at nothing inside a pass, only whether there is another one.
+        assert one["launches"]["waits_of_a_pass"] == 1
+        assert one["launches"]["waits"] == one["shape"]["passes"] + 1
+
+
+def test_layer_norm_is_one_kernel_where_no_gradient_is_taken():
+    device = compile.find_machine("h200:1", 1).devices[0]
+    x = jax.ShapeDtypeStruct((48, 64), jnp.bfloat16, sharding=SingleDeviceSharding(device))
+    params = {
+        name: jax.ShapeDtypeStruct((64,), jnp.float32, sharding=x.sharding) for name in ("scale", "bias")
+    }
+    norm = layer_norm(tiny().model)
+    compiled = jax.jit(lambda p, x: norm.apply({"params": p}, x + 1)).lower(params, x).compile()
+    assert hlo.launches(hlo.parse(compiled.as_text()), hlo.Counts()).kernels == 1
 
 
 @pytest.mark.parametrize("name", ["a100", "a100-40gb", "h100"])
