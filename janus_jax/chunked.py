@@ -7,8 +7,9 @@ AUX outside M) cost nothing.
 
 The gradient of a chunk is taken on the spot, while its logits are there: no logits are kept for the
 backward pass, nor computed twice.  Memory is that of one chunk, whatever B x T x V.  The derivative by the
-logits is written out (`_gradients`), as on a GPU the loss is bound by how often [c, V] arrays are read and
-written: the logits once and their gradient once, the latter in the model's dtype.
+logits is written out (`_gradients`), as on an accelerator the loss is bound by how often [c, V] arrays are
+read and written: the logits three times (for their highest, for all sums, for the gradient), and the gradient
+once, in the model's dtype.
 
 A batch whose rows lie on several devices (of the mesh that is set) is walked in as many shares at once,
 each of the rows of one device, so that listing and gathering slots move nothing between devices.
@@ -23,7 +24,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,10 @@ class Walk:
     divergences: tuple[tuple[str, str, str], ...] = ()  # (term, stream, stream)
     learners: tuple[str, ...] = ()  # streams that the divergences have a gradient by
     one_way: bool = False  # KL(first stream || second) in place of the mean of both ways
+
+    def directions(self, left: str, right: str) -> tuple[tuple[str, str], ...]:
+        """From whom whose divergence is taken: (left, right), and the other way round unless `one_way`."""
+        return ((left, right),) if self.one_way else ((left, right), (right, left))
 
     def terms(self) -> tuple[str, ...]:
         """Names of everything summed up: `ar`, `nll_ar`, ..."""
@@ -289,22 +294,72 @@ def _chunk(
         logits, pull_back = jax.vjp(logits_of, states, projection)
     else:
         logits = logits_of(states, projection)
-    log_p = {name: jax.nn.log_softmax(x, axis=-1) for name, x in logits.items()}
+    read = jax.lax.platform_dependent(
+        logits,
+        truth,
+        cpu=functools.partial(_read_one_by_one, walk, smoothing),
+        default=functools.partial(_read_at_once, walk, smoothing),
+    )
     sums = {name: jnp.float32(0) for name in walk.terms()}
-    for term, stream in walk.cross_entropies:
-        smoothed, nll = losses.label_smoothed(log_p[stream], truth, smoothing)
+    for (term, _), (smoothed, nll) in zip(walk.cross_entropies, read.cross_entropies, strict=True):
         sums[term] += jnp.sum(smoothed * item)
         sums[f"nll_{term}"] += jnp.sum(nll * item)
-    ways: dict[str, tuple[jax.Array, ...]] = {}  # [c], KL of left from right, and of right from left
-    for term, left, right in walk.divergences:
-        there = losses.kl(log_p[left], log_p[right])
-        ways[term] = (there,) if walk.one_way else (there, losses.kl(log_p[right], log_p[left]))
-        sums[term] += jnp.sum((there if walk.one_way else 0.5 * (there + ways[term][1])) * item)
+    ways = {term: way for (term, *_), way in zip(walk.divergences, read.ways, strict=True)}
+    for term, way in ways.items():
+        sums[term] += jnp.sum(sum(way) / len(way) * item)
     value = jnp.sum(jnp.stack([scales[n] * sums[n] for n in sums if n in scales]))
     if not gradient:
         return value, sums
-    by_logits = _gradients(walk, smoothing, log_p, ways, truth, item, scales)
+    by_logits = _gradients(walk, smoothing, read.log_p, ways, truth, item, scales)
     return value, sums, *pull_back(by_logits)
+
+
+class _Read(NamedTuple):
+    """What is read off the logits of a chunk."""
+
+    log_p: Arrays  # {stream: [c, V]}
+    cross_entropies: tuple[tuple[jax.Array, jax.Array], ...]  # of each, smoothed and plain, [c]
+    ways: tuple[
+        tuple[jax.Array, ...], ...
+    ]  # of each divergence, KL of left from right, and the other way, [c]
+
+
+def _read_one_by_one(walk: Walk, smoothing: float, logits: Arrays, truth: jax.Array) -> _Read:
+    """Log-probabilities first, then one after the other from them."""
+    log_p = {name: jax.nn.log_softmax(x, axis=-1) for name, x in logits.items()}
+    both = [losses.label_smoothed(log_p[stream], truth, smoothing) for _, stream in walk.cross_entropies]
+    ways = [
+        tuple(losses.kl(log_p[one], log_p[other]) for one, other in walk.directions(left, right))
+        for _, left, right in walk.divergences
+    ]
+    return _Read(log_p, tuple(both), tuple(ways))
+
+
+def _read_at_once(walk: Walk, smoothing: float, logits: Arrays, truth: jax.Array) -> _Read:
+    """Sums over the vocabulary alone, none of which wants another one: two readings of the logits, not four.
+
+    With z the logits less their highest, and Z the sum of exp z: log p = z - log Z, and
+    KL(p||q) = sum of exp(z) (z - z') / Z - log Z + log Z'.
+    """
+    z = {name: x - jnp.max(x, axis=-1, keepdims=True) for name, x in logits.items()}
+    total = {name: jnp.sum(jnp.exp(x), axis=-1) for name, x in z.items()}
+    log_total = {name: jnp.log(x) for name, x in total.items()}
+    both = []
+    for _, stream in walk.cross_entropies:
+        here = truth[:, None] == jnp.arange(z[stream].shape[-1])
+        nll = log_total[stream] - jnp.sum(jnp.where(here, z[stream], 0.0), axis=-1)
+        mean = jnp.sum(z[stream], axis=-1) / z[stream].shape[-1] - log_total[stream]
+        both.append(((1 - smoothing) * nll - smoothing * mean, nll))
+
+    def kl(one: str, other: str) -> jax.Array:
+        apart = jnp.sum(jnp.exp(z[one]) * (z[one] - z[other]), axis=-1) / total[one]
+        return apart - log_total[one] + log_total[other]
+
+    ways = [
+        tuple(kl(one, other) for one, other in walk.directions(left, right))
+        for _, left, right in walk.divergences
+    ]
+    return _Read({n: x - log_total[n][:, None] for n, x in z.items()}, tuple(both), tuple(ways))
 
 
 def _gradients(
