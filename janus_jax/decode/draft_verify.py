@@ -355,10 +355,7 @@ def _read(by_place: jax.Array, place: jax.Array, count: int) -> jax.Array:
 
 def _append(texts: jax.Array, fresh: jax.Array, place: jax.Array, count: jax.Array) -> jax.Array:
     """`texts` [B, R] with the first `count` [B] of `fresh` [B, K] after place [B]."""
-
-    def write(row: jax.Array, values: jax.Array, a: jax.Array, n: jax.Array) -> jax.Array:
-        old = lax.dynamic_slice_in_dim(row, a + 1, values.shape[0])
-        kept = jnp.where(jnp.arange(values.shape[0]) < n, values, old)
-        return lax.dynamic_update_slice_in_dim(row, kept, a + 1, axis=0)
-
-    return jax.vmap(write)(texts, fresh, place, count)
+    # All of a row anew: a scatter of some of it is several kernels of a GPU.
+    of_fresh = jnp.arange(texts.shape[1]) - place[:, None] - 1
+    moved = jnp.take_along_axis(fresh, jnp.clip(of_fresh, 0, fresh.shape[1] - 1), axis=1)
+    return jnp.where((of_fresh >= 0) & (of_fresh < count[:, None]), moved, texts)
