@@ -8,8 +8,8 @@
 # and a profile.  Makes .venv-gpu (jax with CUDA) and .venv-peers first.  A part that fails is named at the end with
 # its reason, and the others go on.  CUDA=cuda13 chooses another build of jax; TORCH another torch.  On a machine
 # that has them all, PYTHON=python3 PEERS=python3 installs nothing: jax for GPUs and what we need in the one, torch
-# and transformers in the other.  PARTS="peers step" does these parts alone (sentence, curve, peers, peers-base,
-# growth, step-wmt14, step).
+# and transformers in the other.  PARTS="peers step" does these parts alone (sentence, sentence-graphs, curve, peers,
+# peers-base, growth, step-wmt14, step).
 set -uo pipefail
 case "${1:-}" in -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.." || exit 1
@@ -40,6 +40,9 @@ part device "$python" -c 'import jax; d = jax.devices(); print(d); raise SystemE
 if [ ${#failed[@]} = 0 ]; then
   if [ -n "$run" ]; then
     part sentence "$python" -m benchmarks.sentence --workdir="$run" --output_dir="$out" --dtype=bfloat16
+    # Whole loops as CUDA graphs: the host would wait for no pass any more (docs/performance.md, Kernels).
+    part sentence-graphs env XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL" \
+      "$python" -m benchmarks.sentence --workdir="$run" --output_dir="$out/graphs" --dtype=bfloat16
     part curve "$python" -m benchmarks.curve --workdir="$run" --output_dir="$out" --dtype=bfloat16
   fi
   # Where the peers' python is given, it is taken as it is; else peers.sh makes one.
