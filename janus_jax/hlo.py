@@ -293,8 +293,11 @@ def collectives(
     return [c for c in found if c.group > 1]
 
 
-def launches(module: Module, counts: Counts) -> Launches:
-    """Kernels of a program for GPUs, and how often its host waits.  Of a conditional, the dearest branch."""
+def launches(module: Module, counts: Counts, more: int = 0) -> Launches:
+    """Kernels of a program for GPUs, and how often its host waits.  Of a conditional, the dearest branch.
+
+    With `more`, so many turns more of each loop that lies in no other one.
+    """
 
     def of(name: str) -> Launches:
         kernels = waits = 0.0
@@ -302,6 +305,7 @@ def launches(module: Module, counts: Counts) -> Launches:
             if i.opcode == "while":
                 (body,), (condition,) = i.called("body"), i.called("condition")
                 each, test, times = of(body), of(condition), _trips(module, i, counts)
+                times += more if name == module.entry else 0
                 kernels, waits = kernels + times * each.kernels, waits + times * each.waits
                 if trip_count(module, i) is None:
                     kernels, waits = kernels + (times + 1) * test.kernels, waits + times + 1

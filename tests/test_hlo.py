@@ -143,6 +143,8 @@ def test_what_the_host_of_a_gpu_has_to_do():
     # five looks at the condition, each of them a kernel.
     found = hlo.launches(module, hlo.Counts({"decode": 4}))
     assert found == hlo.Launches(kernels=1 + 6 * 1 + 4 * (1 + 2) + 5, waits=4 * 1 + 5)
+    more = hlo.launches(module, hlo.Counts({"decode": 4}), more=1)
+    assert more == hlo.Launches(found.kernels + 1 + (1 + 2) + 1, found.waits + 1 + 1)
     counts = hlo.Counts()
     assert hlo.launches(module, counts).waits == 1 + 2
     assert counts.unknown == {"jit(decode)/while"}

@@ -215,13 +215,25 @@ def mask_predict(
     )
     kept = {"tokens": 0, "log_probs": 0, "passes": 0, "history": 1}
     known = parts(start, model="memory", axes=axes, kept=kept, shared=["made"])
-    final = until_done(
-        advance,
-        start,
-        lambda rows: rows.stopped.all(axis=1),
-        known,
-        go_on=lambda rows: rows.made < options.iterations,
-    )
+
+    def as_needed(start: _Rows) -> _Rows:
+        return until_done(
+            advance,
+            start,
+            lambda rows: rows.stopped.all(axis=1),
+            known,
+            go_on=lambda rows: rows.made < options.iterations,
+        )
+
+    def all_passes(start: _Rows) -> _Rows:
+        return lax.fori_loop(0, options.iterations, lambda _, rows: advance(rows), start)
+
+    if options.early_stop or options.history:
+        final = as_needed(start)
+    else:
+        # Few rows have less to fill than passes, and none much less: on a GPU, whose host would wait to learn
+        # that before each pass, they make them all.
+        final = lax.platform_dependent(start, cpu=as_needed, tpu=as_needed, default=all_passes)
     return MaskPredictResult(
         tokens=final.tokens,
         log_probs=final.log_probs,
