@@ -205,31 +205,36 @@ def test_topologies_that_there_are_not(name, remedy):
         mesh.topology_devices(name)
 
 
-def test_without_libtpu(monkeypatch, cache):
+@pytest.mark.parametrize(
+    ("name", "error", "extra"),
+    [
+        ("v5e:4x4", RuntimeError("JAX TPU support not installed; cannot generate TPU topology."), "tpu"),
+        ("h200:8", NotImplementedError("topology not implemented for cuda"), "compilers"),
+    ],
+)
+def test_without_a_compiler(name, error, extra, monkeypatch, cache):
     def missing(**_):
-        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+        raise error
 
     monkeypatch.setattr(mesh.topologies, "get_topology_desc", missing)
-    with pytest.raises(mesh.MeshError, match=r"pip install 'janus-jax\[tpu\]'"):
-        mesh.topology_devices("v5e:4x4")
+    with pytest.raises(mesh.MeshError, match=rf"pip install 'janus-jax\[{extra}\]'"):
+        mesh.topology_devices(name)
 
 
-def test_without_the_plugin_for_cuda(monkeypatch, cache):
-    def missing(**_):
-        raise NotImplementedError("topology not implemented for cuda")
-
-    monkeypatch.setattr(mesh.topologies, "get_topology_desc", missing)
-    with pytest.raises(mesh.MeshError, match=r"pip install 'janus-jax\[compilers\]'"):
-        mesh.topology_devices("h200:8")
-
-
-def test_gpus_that_the_plugin_refuses(monkeypatch, cache):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v5e:3x5", r"'v5e:3x5' is no slice of v5e: .*not divisible; choose one of 2x2"),
+        ("h200:2", r"cannot describe h200:2: INVALID_ARGUMENT: not divisible$"),
+    ],
+)
+def test_what_the_compiler_refuses(name, said, monkeypatch, cache):
     def refused(**_):
-        raise RuntimeError("FAILED_PRECONDITION: cannot parse\nmore")
+        raise RuntimeError("INVALID_ARGUMENT: not divisible\nmore")
 
     monkeypatch.setattr(mesh.topologies, "get_topology_desc", refused)
-    with pytest.raises(mesh.MeshError, match=r"cannot describe h200:2: FAILED_PRECONDITION: cannot parse$"):
-        mesh.topology_devices("h200:2")
+    with pytest.raises(mesh.MeshError, match=said):
+        mesh.topology_devices(name)
 
 
 def test_hosts_of_gpus_are_asked_for(monkeypatch, cache):
@@ -244,17 +249,6 @@ def test_hosts_of_gpus_are_asked_for(monkeypatch, cache):
     assert mesh.topology_devices("a100:4", 2) == ["a GPU"]
     assert (asked["platform"], asked["topology"]) == ("cuda", "2x1x4")
     assert "core_count: 108" in asked["target_config"]
-
-
-def test_shapes_that_the_compiler_refuses(monkeypatch, cache):
-    def refused(**_):
-        raise RuntimeError("INVALID_ARGUMENT: not divisible\nmore")
-
-    monkeypatch.setattr(mesh.topologies, "get_topology_desc", refused)
-    with pytest.raises(
-        mesh.MeshError, match=r"'v5e:3x5' is no slice of v5e: .*not divisible; choose one of 2x2"
-    ):
-        mesh.topology_devices("v5e:3x5")
 
 
 def test_slices_of_what_is_here():

@@ -10,37 +10,18 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from janus_jax import cli, compile, config, hlo
+from janus_jax import cli, compile, hlo
 from janus_jax.models.transformer import layer_norm
+from tests.absent import programs
+from tests.absent.programs import tiny
 
-# As in tests/test_compile.py: 251 is a factor of the vocabulary alone, 3 of numbers of slots alone.
-VALUES = {
-    "batch": {"buckets": (24,), "tokens": 24 * 48},
-    "model": {
-        "vocab_size": 502, "dim": 64, "ffn": 128, "heads": 2, "encoder_layers": 1, "decoder_layers": 2,
-        "max_positions": 64, "dtype": "bfloat16",
-    },
-    "loss": {"chunk": 24},
-    "decode": {"beam": 1, "iterations": 3, "candidates": 1, "tokens": 1},
-}  # fmt: skip
+# One sentence at a time.
+ALONE = ("--config.decode.tokens=1", "--config.decode.beam=1", "--config.decode.candidates=1")
 
 
-def tiny(**axes):
-    return config.from_dict({**VALUES, "mesh": axes})
-
-
-@pytest.mark.parametrize("axes", [{}, {"fsdp": 8}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("axes", programs.MESHES, ids=str)
 def test_the_update_on_a_host_moves_no_logits_and_keeps_no_whole_state(axes):
-    machine = compile.find_machine("h200:8", 1)
-    compiled = compile.build_and_compile(compile.build_train(tiny(**axes), machine))
-    module = hlo.parse(compiled.executable.as_text())
-    counts = hlo.Counts(compiled.program.loops)
-    found = hlo.collectives(module, counts, devices=8)
-    assert found
-    assert not hlo.logits_moved(found, 502, 64)
-    assert not counts.unknown
-    if axes:
-        assert compile.whole_arrays(compiled) == []
+    programs.check_the_update("h200:8", 8, axes)
 
 
 def test_hosts_exchange_over_the_slower_network():
@@ -54,13 +35,15 @@ def test_hosts_exchange_over_the_slower_network():
 
 def test_the_verb(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv(cli.CACHE, "")
-    path = tmp_path / "c.py"
-    path.write_text(
-        "from janus_jax import config\n"
-        f"def get_config():\n    return config.to_config_dict(config.from_dict({VALUES!r}))\n"
-    )
     to = tmp_path / "report.json"
-    argv = ["compile", f"--config={path}", "--topology=h200:1", "--programs=ar,nar,draft", f"--json={to}"]
+    argv = [
+        "compile",
+        f"--config={programs.write(tmp_path)}",
+        "--topology=h200:1",
+        "--programs=ar,nar,draft",
+        f"--json={to}",
+        *ALONE,
+    ]
     assert cli.main(argv) == 0
     assert "waits of the host, of a pass" in capsys.readouterr().out
     found = json.loads(to.read_text())

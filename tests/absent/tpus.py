@@ -7,37 +7,14 @@ import json
 
 import pytest
 
-from janus_jax import cli, compile, config, hlo, mesh
-
-# As in tests/test_compile.py: 251 is a factor of the vocabulary alone, 3 of numbers of slots alone.
-VALUES = {
-    "batch": {"buckets": (24,), "tokens": 24 * 48},
-    "model": {
-        "vocab_size": 502, "dim": 64, "ffn": 128, "heads": 2, "encoder_layers": 1, "decoder_layers": 1,
-        "max_positions": 64, "dtype": "bfloat16", "scan_layers": True,
-    },
-    "loss": {"chunk": 24},
-    "decode": {"beam": 2, "iterations": 3, "tokens": 384},
-}  # fmt: skip
+from janus_jax import cli, compile, mesh
+from tests.absent import programs
+from tests.absent.programs import tiny
 
 
-def tiny(**axes):
-    return config.from_dict({**VALUES, "mesh": axes})
-
-
-@pytest.mark.parametrize("axes", [{}, {"fsdp": 8}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("axes", programs.MESHES, ids=str)
 def test_the_update_on_a_slice_moves_no_logits_and_keeps_no_whole_state(axes):
-    machine = compile.find_machine("v5e:4x4", 1)
-    compiled = compile.build_and_compile(compile.build_train(tiny(**axes), machine))
-    module = hlo.parse(compiled.executable.as_text())
-    counts = hlo.Counts(compiled.program.loops)
-    found = hlo.collectives(module, counts, devices=16)
-    assert found
-    assert not hlo.logits_moved(found, 502, 64)
-    assert not counts.unknown
-    assert not any(c.crosses for c in found)
-    if axes:
-        assert compile.whole_arrays(compiled) == []
+    programs.check_the_update("v5e:4x4", 16, axes)
 
 
 def test_two_slices_reduce_inside_before_they_talk():
@@ -57,12 +34,7 @@ def test_two_slices_reduce_inside_before_they_talk():
 
 def test_the_verb(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv(cli.CACHE, "")
-    path = tmp_path / "c.py"
-    path.write_text(
-        "from janus_jax import config\n"
-        f"def get_config():\n    return config.to_config_dict(config.from_dict({VALUES!r}))\n"
-    )
-    argv = ["compile", f"--config={path}", "--topology=v5p:2x2x2", "--config.mesh.fsdp=2"]
+    argv = ["compile", f"--config={programs.write(tmp_path)}", "--topology=v5p:2x2x2", "--config.mesh.fsdp=2"]
     assert cli.main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["devices"], found["chip"]["name"]) == (8, "TPU v5p")
