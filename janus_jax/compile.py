@@ -42,6 +42,7 @@ from janus_jax import chips, cost, hlo, losses, mesh, report, sharding
 from janus_jax import config as configuration
 from janus_jax.chips import Chip
 from janus_jax.config import Config, ConfigError
+from janus_jax.decode import reading
 from janus_jax.generate import Generator
 from janus_jax.mesh import MeshError
 from janus_jax.models import apart, init_params
@@ -300,6 +301,11 @@ def _build_decode(name: str, config: Config, machine: Machine) -> Program:
         "draft": lambda: cost.draft_decode(config, rows, length, passes["draft"]),
     }[name]()
 
+    # Where logits are read in turn: NAR's are those of ever fewer slots, drafts' of all that they draft.
+    read = rows // shares * (config.decode.draft_block - 1 if name == "draft" else width * length)
+    share = (passes["nar"] + 1) / 2 / passes["nar"] if name == "nar" else 1.0
+    turns = share * read / reading.at_a_time(read) if read else 1.0
+
     def start() -> tuple[Any, ...]:
         source = mesh.global_batch(m, {"source": _random_batch(config, rows, length)["source"]})["source"]
         return jax.jit(weights, out_shardings=whole)(), source
@@ -312,8 +318,7 @@ def _build_decode(name: str, config: Config, machine: Machine) -> Program:
         jax.jit(each),
         {"parameters": _bytes(params, whole), "optimizer": 0.0},
         flops,
-        # Inside a pass of NAR logits are read a quarter of the slots at a time, ever fewer.
-        {"body/while": (passes[name] + 1) / 2 / passes[name] * 4, "": passes[name]},
+        {reading.IN_TURN: turns, "": passes[name]},
         rows * (steps if name != "nar" else length - 1),
         start,
     )

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from janus_jax import chips, cli, compile, config, hlo, mesh, report, sharding
+from janus_jax.decode import reading
 
 TABLE = pathlib.Path(__file__).parents[1] / "launch" / "tables" / "scaling.py"
 
@@ -149,6 +150,19 @@ def test_when_nothing_helps(machine, monkeypatch):
     hopeless = compile.Machine("local", 1, None, CHIP, 1000.0)
     monkeypatch.setattr(compile, "build_and_compile", lambda _: pytest.fail("need not be compiled"))
     assert compile.nearest_that_fits(tiny(), hopeless) is None
+
+
+def test_logits_of_nar_are_read_in_ever_fewer_turns(machine):
+    """Three passes over 1 x 3 x 24 slots, 18 at a time: four turns, and two thirds of them on average."""
+    config_ = tiny()
+    decode = dataclasses.replace(config_.decode, tokens=1)
+    program = compile.build("nar", dataclasses.replace(config_, decode=decode), machine)
+    counts = hlo.Counts(program.loops)
+    module = hlo.parse(compile.build_and_compile(program).executable.as_text())
+    loops = [v.instruction for v in hlo.walk(module, counts) if v.instruction.opcode == "while"]
+    assert program.loops == {reading.IN_TURN: 4 * 2 / 3, "": 3}
+    assert [reading.IN_TURN in loop.op_name for loop in loops][:2] == [False, True]
+    assert not counts.unknown
 
 
 def test_the_order_of_what_is_tried(machine):

@@ -19,6 +19,7 @@ Project = Callable[[jax.Array], jax.Array]
 
 AT_ONCE = 2048  # most slots whose logits exist at a time; on a CPU a quarter of all if that is less
 AT_LEAST = 16
+IN_TURN = "logits_in_turn"  # the name of that loop in a program
 OF_ANY = 256  # where the number of rows is a symbol (`janus-jax export`)
 
 
@@ -112,12 +113,16 @@ def _walk(
         return _turns(project, states, where, read, dtypes, each, OF_ANY)
     if known <= AT_LEAST:  # one turn would read them all
         return all_of_them(states, where)
-    size = min(AT_ONCE, max(AT_LEAST, -(-known // 4)))
-    in_turn = functools.partial(_turns, project, read=read, dtypes=dtypes, each=each, size=size)
+    in_turn = functools.partial(_turns, project, read=read, dtypes=dtypes, each=each, size=at_a_time(known))
     if known > AT_ONCE:
         return in_turn(states, where)
     # Elsewhere a few logits more cost nothing, and on a GPU the host would wait at each turn.
     return lax.platform_dependent(states, where, cpu=in_turn, default=all_of_them)
+
+
+def at_a_time(slots: int) -> int:
+    """How many of so many slots are read in one turn, where they are read in turn."""
+    return min(AT_ONCE, max(AT_LEAST, -(-slots // 4)))
 
 
 def _turns(
@@ -149,7 +154,8 @@ def _turns(
         )
 
     start = (jnp.int32(0), tuple(jnp.zeros((known, *each), dtype) for dtype in dtypes))
-    _, results = lax.while_loop(lambda carry: carry[0] < count, step, start)
+    with jax.named_scope(IN_TURN):
+        _, results = lax.while_loop(lambda carry: carry[0] < count, step, start)
     return tuple(x.reshape(*where.shape, *each) for x in results)
 
 

@@ -316,18 +316,14 @@ class DecoderLayer(_Layer):
 
         def at_once(
             q: jax.Array, content: KeysValues, own: KeysValues, cells: jax.Array, on: jax.Array
-        ) -> Any:
+        ) -> jax.Array:
             k = jnp.concatenate([content[0], own[0]], axis=3)
             v = jnp.concatenate([content[1], own[1]], axis=2)
-            of_canvas = jnp.broadcast_to(on, (q.shape[0], on.shape[2], on.shape[2]))
-            ar = jnp.pad(cells, [(0, 0), (0, 0), (0, on.shape[2])])
-            return attend(
-                q,
-                k,
-                v,
-                jnp.concatenate([ar, jnp.pad(of_canvas, [(0, 0), (0, 0), (cells.shape[2], 0)])], 1),
-                drop,
-            )
+            canvas = on.shape[2]
+            of_cells = jnp.pad(cells, [(0, 0), (0, 0), (0, canvas)])
+            of_canvas = jnp.broadcast_to(on, (on.shape[0], canvas, canvas))
+            of_canvas = jnp.pad(of_canvas, [(0, 0), (0, 0), (cells.shape[2], 0)])
+            return attend(q, k, v, jnp.concatenate([of_cells, of_canvas], axis=1), drop)
 
         # Twice the scores, a third of the kernels.
         return jax.lax.platform_dependent(q, content, own, cells, on, cpu=apart, default=at_once)
