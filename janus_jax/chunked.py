@@ -318,10 +318,8 @@ class _Read(NamedTuple):
     """What is read off the logits of a chunk."""
 
     log_p: Arrays  # {stream: [c, V]}
-    cross_entropies: tuple[tuple[jax.Array, jax.Array], ...]  # of each, smoothed and plain, [c]
-    ways: tuple[
-        tuple[jax.Array, ...], ...
-    ]  # of each divergence, KL of left from right, and the other way, [c]
+    cross_entropies: tuple[tuple[jax.Array, jax.Array], ...]  # of each [c], smoothed and plain
+    ways: tuple[tuple[jax.Array, ...], ...]  # of each divergence [c], in the order of `Walk.directions`
 
 
 def _read_one_by_one(walk: Walk, smoothing: float, logits: Arrays, truth: jax.Array) -> _Read:

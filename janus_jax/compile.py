@@ -296,10 +296,10 @@ def _build_decode(name: str, config: Config, machine: Machine) -> Program:
         "draft": steps if machine.local else -(-steps // 2),
     }
     flops = {
-        "ar": lambda: cost.ar_decode(config, rows, length, steps),
-        "nar": lambda: cost.nar_decode(config, rows, length, length),
-        "draft": lambda: cost.draft_decode(config, rows, length, passes["draft"]),
-    }[name]()
+        "ar": cost.ar_decode(config, rows, length, steps),
+        "nar": cost.nar_decode(config, rows, length, length),
+        "draft": cost.draft_decode(config, rows, length, passes["draft"]),
+    }[name]
 
     # Where logits are read in turn: NAR's are those of ever fewer slots, drafts' of all that they draft.
     read = rows // shares * (config.decode.draft_block - 1 if name == "draft" else width * length)

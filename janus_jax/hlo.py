@@ -300,28 +300,23 @@ def launches(module: Module, counts: Counts, more: int = 0) -> Launches:
     """
 
     def of(name: str) -> Launches:
-        kernels = waits = 0.0
+        parts: list[tuple[float, Launches]] = []  # how often, and what
         for i in module.computations.get(name, ()):
             if i.opcode == "while":
                 (body,), (condition,) = i.called("body"), i.called("condition")
-                each, test, times = of(body), of(condition), _trips(module, i, counts)
-                times += more if name == module.entry else 0
-                kernels, waits = kernels + times * each.kernels, waits + times * each.waits
+                times = _trips(module, i, counts) + (more if name == module.entry else 0)
+                parts.append((times, of(body)))
                 if trip_count(module, i) is None:
-                    kernels, waits = kernels + (times + 1) * test.kernels, waits + times + 1
+                    parts.append((times + 1, Launches(of(condition).kernels, waits=1)))
             elif i.opcode == "conditional":
                 branches = [of(branch) for branch in i.called(*_BRANCHES)]
-                kernels += max(branch.kernels for branch in branches)
-                waits += 1 + max(branch.waits for branch in branches)
+                dearest = max(x.kernels for x in branches), max(x.waits for x in branches)
+                parts += [(1, Launches(*dearest)), (1, Launches(kernels=0, waits=1))]
             elif i.opcode in ("call", "async-start"):
-                inside = [of(called) for called in i.called("calls", "to_apply")]
-                kernels, waits = (
-                    kernels + sum(x.kernels for x in inside),
-                    waits + sum(x.waits for x in inside),
-                )
+                parts += [(1, of(called)) for called in i.called("calls", "to_apply")]
             elif i.opcode not in _FREE and not i.opcode.endswith("-done"):
-                kernels += 1
-        return Launches(kernels, waits)
+                parts.append((1, Launches(kernels=1, waits=0)))
+        return Launches(sum(n * x.kernels for n, x in parts), sum(n * x.waits for n, x in parts))
 
     return of(module.entry)
 

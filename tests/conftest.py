@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 os.environ.setdefault("NPROC", "16")  # virtual CPU devices can deadlock with fewer threads than devices
@@ -133,3 +134,21 @@ def tiny_translator(tiny_run: TinyRun) -> Translator:
     from janus_jax.translator import Translator
 
     return Translator.from_run(tiny_run.folder)
+
+
+@pytest.fixture
+def off_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[object]]:
+    """Call it, and what is traced from then on takes its form for accelerators; gives a list of those."""
+    import jax
+
+    def off() -> list[object]:
+        forms: list[object] = []
+
+        def accelerator_s(*args: object, default: Callable[..., object], **_: object) -> object:
+            forms.append(default)
+            return default(*args)
+
+        monkeypatch.setattr(jax.lax, "platform_dependent", accelerator_s)
+        return forms
+
+    return off

@@ -231,8 +231,8 @@ def mask_predict(
     if options.early_stop or options.history:
         final = as_needed(start)
     else:
-        # Few rows have less to fill than passes, and none much less: on a GPU, whose host would wait to learn
-        # that before each pass, they make them all.
+        # A row with fewer slots than passes ends before the last: some P / n passes, so a few where n is not
+        # very small.  On a GPU, whose host would wait to learn that before each pass, all rows make them all.
         final = lax.platform_dependent(start, cpu=as_needed, tpu=as_needed, default=all_passes)
     return MaskPredictResult(
         tokens=final.tokens,

@@ -1,4 +1,4 @@
-"""Reading a distribution at chosen slots only, some at a time: no [.., V] of all slots is ever there.
+"""Reading a distribution at chosen slots, some at a time: no [.., V] of more than AT_ONCE is ever there.
 
 Letters: D width of a state, V vocabulary, c slots read at a time.
 Room: pure core.  Imports symbols only; knows no model; touches no file, no device, no clock.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ def fill(
     Args:
       project: states [.., D] -> logits [.., V].
       states: [..., D].
-      where: [...] bool, the slots to read; logits are computed for these alone, chunk by chunk.
+      where: [...] bool, the slots to read.  On a CPU, and where there are more than AT_ONCE slots, logits are
+        computed for these alone.
       banned: symbols that are never emitted.
       error: what to raise for a banned symbol outside the vocabulary.
 
@@ -44,7 +46,7 @@ def fill(
         found, highest = best(jnp.where(said, logits, -jnp.inf))
         return found, highest - jax.nn.logsumexp(logits, axis=-1)
 
-    symbols, log_probs = _walk(project, states, where, read, (jnp.int32, jnp.float32))
+    symbols, log_probs = _Reading(project, read, (jnp.int32, jnp.float32))(states, where)
     return symbols, log_probs
 
 
@@ -70,7 +72,7 @@ def likeliest(
         scores, found = top(jnp.where(said, logits, -jnp.inf), count)
         return found, scores - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
-    symbols, log_probs = _walk(project, states, where, read, (jnp.int32, jnp.float32), (count,))
+    symbols, log_probs = _Reading(project, read, (jnp.int32, jnp.float32), (count,))(states, where)
     return symbols, log_probs
 
 
@@ -86,38 +88,8 @@ def score(project: Project, states: jax.Array, where: jax.Array, symbols: jax.Ar
         picked = jnp.take_along_axis(logits, truth[:, None], axis=-1)[:, 0]
         return (picked - jax.nn.logsumexp(logits, axis=-1),)
 
-    (log_probs,) = _walk(project, states, where, read, (jnp.float32,))
+    (log_probs,) = _Reading(project, read, (jnp.float32,))(states, where)
     return log_probs
-
-
-def _walk(
-    project: Project,
-    states: jax.Array,
-    where: jax.Array,
-    read: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
-    dtypes: tuple[type, ...],
-    each: tuple[int, ...] = (),
-) -> tuple[jax.Array, ...]:
-    """`read`(logits [c, V] float32, their slots [c]) of the chosen slots, each result laid out as `where`.
-
-    `each` is the shape of what is read of a slot.
-    """
-    known = states[..., 0].size
-
-    def all_of_them(states: jax.Array, where: jax.Array) -> tuple[jax.Array, ...]:
-        flat = states.reshape(-1, states.shape[-1])
-        found = read(project(flat).astype(jnp.float32), jnp.arange(known))
-        return tuple(_kept(x.reshape(*where.shape, *each), where) for x in found)
-
-    if not isinstance(known, int):  # a symbol
-        return _turns(project, states, where, read, dtypes, each, OF_ANY)
-    if known <= AT_LEAST:  # one turn would read them all
-        return all_of_them(states, where)
-    in_turn = functools.partial(_turns, project, read=read, dtypes=dtypes, each=each, size=at_a_time(known))
-    if known > AT_ONCE:
-        return in_turn(states, where)
-    # Elsewhere a few logits more cost nothing, and on a GPU the host would wait at each turn.
-    return lax.platform_dependent(states, where, cpu=in_turn, default=all_of_them)
 
 
 def at_a_time(slots: int) -> int:
@@ -125,38 +97,57 @@ def at_a_time(slots: int) -> int:
     return min(AT_ONCE, max(AT_LEAST, -(-slots // 4)))
 
 
-def _turns(
-    project: Project,
-    states: jax.Array,
-    where: jax.Array,
-    read: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]],
-    dtypes: tuple[type, ...],
-    each: tuple[int, ...],
-    size: int,
-) -> tuple[jax.Array, ...]:
-    """As `_walk`, `size` slots at a time, as often as the chosen ones want."""
-    flat = states.reshape(-1, states.shape[-1])
-    known = flat.shape[0]
-    order = jnp.argsort(~where.reshape(-1), stable=True)  # the chosen slots, then the others
-    order = jnp.pad(order, (0, size))
-    count = jnp.sum(where, dtype=jnp.int32)
-    Carry = tuple[jax.Array, tuple[jax.Array, ...]]
+@dataclass(frozen=True)
+class _Reading:
+    """What is read off the logits of a slot, and where they come from."""
 
-    def step(carry: Carry) -> Carry:
-        start, results = carry
-        slots = lax.dynamic_slice_in_dim(order, start, size)
-        # Beyond the chosen ones: out of range, so that nothing is written.
-        slots = jnp.where(start + jnp.arange(size) < count, slots, jnp.iinfo(slots.dtype).max)
-        logits = project(jnp.take(flat, slots, axis=0, mode="clip")).astype(jnp.float32)
-        found = read(logits, slots)
-        return start + size, tuple(
-            x.at[slots].set(y, mode="drop") for x, y in zip(results, found, strict=True)
-        )
+    project: Project
+    read: Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]  # of logits [c, V] float32, their slots [c]
+    dtypes: tuple[type, ...]  # of what is read
+    each: tuple[int, ...] = ()  # the shape of what is read of a slot
 
-    start = (jnp.int32(0), tuple(jnp.zeros((known, *each), dtype) for dtype in dtypes))
-    with jax.named_scope(IN_TURN):
-        _, results = lax.while_loop(lambda carry: carry[0] < count, step, start)
-    return tuple(x.reshape(*where.shape, *each) for x in results)
+    def __call__(self, states: jax.Array, where: jax.Array) -> tuple[jax.Array, ...]:
+        """What is read of the chosen slots, each result laid out as `where`."""
+        known = states[..., 0].size
+        if not isinstance(known, int):  # a symbol
+            return self.in_turn(OF_ANY, states, where)
+        if known <= AT_LEAST:  # one turn would read them all
+            return self.at_once(states, where)
+        in_turn = functools.partial(self.in_turn, at_a_time(known))
+        if known > AT_ONCE:
+            return in_turn(states, where)
+        # Elsewhere a few logits more cost nothing, and on a GPU the host would wait at each turn.
+        return lax.platform_dependent(states, where, cpu=in_turn, default=self.at_once)
+
+    def at_once(self, states: jax.Array, where: jax.Array) -> tuple[jax.Array, ...]:
+        """All slots, whether chosen or not."""
+        flat = states.reshape(-1, states.shape[-1])
+        found = self.read(self.project(flat).astype(jnp.float32), jnp.arange(flat.shape[0]))
+        return tuple(_kept(x.reshape(*where.shape, *self.each), where) for x in found)
+
+    def in_turn(self, size: int, states: jax.Array, where: jax.Array) -> tuple[jax.Array, ...]:
+        """The chosen slots alone, `size` at a time."""
+        flat = states.reshape(-1, states.shape[-1])
+        order = jnp.argsort(~where.reshape(-1), stable=True)  # the chosen slots, then the others
+        order = jnp.pad(order, (0, size))
+        count = jnp.sum(where, dtype=jnp.int32)
+        Carry = tuple[jax.Array, tuple[jax.Array, ...]]
+
+        def step(carry: Carry) -> Carry:
+            start, results = carry
+            slots = lax.dynamic_slice_in_dim(order, start, size)
+            # Beyond the chosen ones: out of range, so that nothing is written.
+            slots = jnp.where(start + jnp.arange(size) < count, slots, jnp.iinfo(slots.dtype).max)
+            logits = self.project(jnp.take(flat, slots, axis=0, mode="clip")).astype(jnp.float32)
+            found = self.read(logits, slots)
+            return start + size, tuple(
+                x.at[slots].set(y, mode="drop") for x, y in zip(results, found, strict=True)
+            )
+
+        blank = tuple(jnp.zeros((flat.shape[0], *self.each), dtype) for dtype in self.dtypes)
+        with jax.named_scope(IN_TURN):
+            _, results = lax.while_loop(lambda carry: carry[0] < count, step, (jnp.int32(0), blank))
+        return tuple(x.reshape(*where.shape, *self.each) for x in results)
 
 
 def _kept(x: jax.Array, where: jax.Array) -> jax.Array:
