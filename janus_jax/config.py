@@ -145,6 +145,7 @@ class LossConfig:
     kl_ar_aux: float = 3.0
     kl_ar_nar: float = 1.0
     kl_warmup: float = 0.0  # share of the updates over which these three rise from 0 to what they are above
+    kl_decay: float = 0.0  # share of the updates over which they fall to 0, from the first on; 0: they stay
     kl_learners: str = "all"  # all | nar_aux | ar: whom these three teach; nar_aux leaves AR as it is
     # symmetric | one_way: in place of the mean of both divergences, the one from the first of AUX, AR, NAR
     kl_form: str = "symmetric"
@@ -153,6 +154,11 @@ class LossConfig:
     # The decoder computes only what the loss reads; False: every stream at every place in every layer
     # (same numbers, but for the draws of dropout).
     gather: bool = True
+
+    @property
+    def ties_change(self) -> bool:
+        """Whether the weights of the KL terms depend on how much of the training is done."""
+        return self.objective == "janus" and bool(self.kl_warmup or self.kl_decay)
 
 
 @dataclass(frozen=True)
@@ -419,7 +425,8 @@ def _faults(c: Config) -> Iterator[str]:
     yield from at_least(0, "loss.ar", "loss.nar", "loss.aux", "loss.length", "loss.rdrop_alpha")
     yield from at_least(0, "loss.kl_nar_aux", "loss.kl_ar_aux", "loss.kl_ar_nar")
     yield from within(0, 1, "model.dropout", "model.attention_dropout", "model.activation_dropout")
-    yield from within(0, 1, "loss.label_smoothing", "loss.kl_warmup", "optim.ema", "optim.b1", "optim.b2")
+    yield from within(0, 1, "loss.label_smoothing", "loss.kl_warmup", "loss.kl_decay")
+    yield from within(0, 1, "optim.ema", "optim.b1", "optim.b2")
     if not re.fullmatch(r"best|latest|\d+|average:\d+", c.init.checkpoint):
         yield f"init.checkpoint must be best, latest, a step or average:N, got {c.init.checkpoint!r}"
     if not 0 < c.batch.mask_rate <= 1:

@@ -59,11 +59,19 @@ def kl_scale(config: LossConfig, step: jax.Array, steps: int) -> jax.Array | Non
     """What the weights of the three KL terms are multiplied by at update `step` (from 0) of `steps`.
 
     Rises in a straight line from 0 to 1 over the first `kl_warmup` of the updates, so that no side is held to
-    another that has learnt nothing yet.  None without a warm-up: the weights are those of the config.
+    another that has learnt nothing yet, and falls in another from 1 to 0 over the first `kl_decay`, so that
+    what the ties bring early does not hold AR back later; with both, their product.  None with neither: the
+    weights are those of the config.
     """
-    if config.objective != "janus" or not config.kl_warmup:
+    if not config.ties_change:
         return None
-    return jnp.minimum(step.astype(jnp.float32) / (config.kl_warmup * steps), 1.0)
+    done = step.astype(jnp.float32) / steps
+    scale = jnp.float32(1)
+    if config.kl_warmup:
+        scale *= jnp.minimum(done / config.kl_warmup, 1.0)
+    if config.kl_decay:
+        scale *= jnp.maximum(1.0 - done / config.kl_decay, 0.0)
+    return scale
 
 
 def scaled(config: LossConfig, scale: jax.Array | None) -> dict[str, jax.Array | float]:

@@ -304,6 +304,6 @@ def free(key: str, config: Config) -> bool:
     """Whether `key` may change between two starts of a run of `config`."""
     if key == "train.steps" and config.optim.schedule == "polynomial":
         return False  # the schedule ends there
-    if key == "train.steps" and config.loss.objective == "janus" and config.loss.kl_warmup:
-        return False  # a share of them is the warm-up of the ties
+    if key == "train.steps" and config.loss.ties_change:
+        return False  # a share of them is the warm-up of the ties, or their decay
     return key in (*FREE, *FREE_MODEL) or key.startswith(FREE_SECTIONS)

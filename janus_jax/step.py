@@ -72,8 +72,8 @@ def train_step(state: TrainState, batch: Batch, config: Config) -> tuple[TrainSt
 
     Returns:
       The next state and float32 scalars: `loss`, every term and nll, `grad_norm`, `lr`, `tokens`
-      (predicted target tokens), `masked` (share of them in M), `ok` (1 if applied), `skipped`; with
-      `loss.kl_warmup` `kl_scale`, what the weights of the KL terms in `loss` were multiplied by.
+      (predicted target tokens), `masked` (share of them in M), `ok` (1 if applied), `skipped`; where the
+      ties change (`loss.kl_warmup`, `kl_decay`) `kl_scale`, what their weights in `loss` were multiplied by.
     """
     c = config
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)

@@ -97,13 +97,22 @@ def test_the_total_is_the_sum_of_the_coefficients_times_the_means(outputs, batch
     np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
-def test_the_kl_terms_rise_from_nothing(outputs, batch):
-    config = LossConfig(kl_warmup=0.25)
+@pytest.mark.parametrize(
+    ("changes", "scales"),
+    [
+        ({"kl_warmup": 0.25}, {0: 0.0, 10: 0.4, 25: 1.0, 99: 1.0}),
+        ({"kl_decay": 0.5}, {0: 1.0, 10: 0.8, 50: 0.0, 99: 0.0}),
+        ({"kl_warmup": 0.25, "kl_decay": 0.5}, {0: 0.0, 10: 0.32, 25: 0.5, 40: 0.2, 50: 0.0, 99: 0.0}),
+    ],
+    ids=["rise", "fall", "both"],
+)
+def test_the_weights_of_the_kl_terms_change(outputs, batch, changes, scales):
+    config = LossConfig(**changes)
     found = losses.terms(outputs, *batch, config, IDS)
     means = {name: float(losses.mean(found[name])) for name in losses.coefficients(config)}
-    for step, scale in ((0, 0.0), (10, 0.4), (25, 1.0), (99, 1.0)):
+    for step, scale in scales.items():
         at = losses.kl_scale(config, jnp.int32(step), 100)
-        np.testing.assert_allclose(at, scale, rtol=1e-6)
+        np.testing.assert_allclose(at, scale, rtol=1e-6, atol=1e-7)
         expected = sum(
             c * means[name] * (scale if name in losses.DIVERGENCES else 1)
             for name, c in losses.coefficients(config).items()

@@ -76,12 +76,13 @@ def test_the_end_of_a_polynomial_schedule_is_fixed(tmp_path):
         run.claim(tmp_path, Config(optim=OptimConfig(schedule="polynomial"), train=TrainConfig(steps=5)))
 
 
-def test_the_end_of_a_run_whose_ties_rise_is_fixed(tmp_path):
-    rising = Config(loss=LossConfig(kl_warmup=0.5))
-    run.claim(tmp_path, rising)
+@pytest.mark.parametrize("key", ["kl_warmup", "kl_decay"])
+def test_the_end_of_a_run_whose_ties_change_is_fixed(tmp_path, key):
+    changing = Config(loss=LossConfig(**{key: 0.5}))
+    run.claim(tmp_path, changing)
     checkpointed(tmp_path)
     with pytest.raises(RunError, match=r"train.steps: 20000 there, 5 asked for"):
-        run.claim(tmp_path, dataclasses.replace(rising, train=TrainConfig(steps=5)))
+        run.claim(tmp_path, dataclasses.replace(changing, train=TrainConfig(steps=5)))
 
 
 def test_what_a_run_was_trained_with_is_kept_until_it_goes_on(tiny_copy):

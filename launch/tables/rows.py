@@ -44,6 +44,7 @@ ROWS: dict[str, Row] = {
         {"loss.kl_ar_aux": 0.3, "loss.kl_nar_aux": 0.1, "loss.kl_ar_nar": 0.1},
     ),
     "kl_warmup": Row("KL weights rising from 0 over the first half", {"loss.kl_warmup": 0.5}),
+    "kl_decay": Row("KL weights falling to 0 over the first half", {"loss.kl_decay": 0.5}),
     "one_way": Row("one-way KLs: KL(AUX || AR), KL(AUX || NAR), KL(AR || NAR)", {"loss.kl_form": "one_way"}),
     "ar_teaches": Row("KL teaches NAR and AUX alone", {"loss.kl_learners": "nar_aux"}),
     "ar_learns": Row("KL teaches AR alone", {"loss.kl_learners": "ar"}),
