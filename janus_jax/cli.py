@@ -164,8 +164,7 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> int:
     from janus_jax import train
 
     use_compilation_cache()
-    join_others(args, config)
-    check_devices()
+    start_devices(config, args)
     return train.train(config, args.workdir)
 
 
@@ -175,8 +174,7 @@ def _evaluate(args: argparse.Namespace, _: Overrides) -> int:
 
     use_compilation_cache()
     opened = run.open_run(args.workdir)
-    join_others(args, opened.config)
-    check_devices()
+    start_devices(opened.config, args)
     processes.main_first(lambda: prepare.bring_data(opened.config, opened.folder))
     translator = Translator.from_run(args.workdir, args.checkpoint)
     modes = args.decode or [mode for mode in translator.modes if mode != "draft"]
@@ -221,7 +219,7 @@ def _evaluate(args: argparse.Namespace, _: Overrides) -> int:
 
 @_sigterm_raises()
 def _translate(args: argparse.Namespace, _: Overrides) -> int:
-    from janus_jax import translate
+    from janus_jax import run, translate
     from janus_jax.translator import Translator
 
     if args.decode == "auto" and args.nbest > 1:
@@ -231,16 +229,16 @@ def _translate(args: argparse.Namespace, _: Overrides) -> int:
     translate.check_output(args.output)
     lines = translate.read_lines(args.input)
     use_compilation_cache()
-    check_devices()
+    opened = run.open_run(args.workdir)
+    start_devices(opened.config)
     translator = Translator.from_run(args.workdir, args.checkpoint)
     mode = args.decode or translator.modes[0]
     options = _options_for(mode, [mode], args)
     if args.keep is not None and mode != "auto":
         raise UsageError(f"--keep is an option of --decode=auto, this is --decode={mode}")
     if mode == "auto":
-        from janus_jax import auto, run
+        from janus_jax import auto
 
-        opened = run.open_run(args.workdir)
         way = auto.choose(opened, translator, args.keep or auto.KEEP, args.batch_size, options)
         mode, options = way.decode, {**options, **way.options}
     translator.options(mode, nbest=args.nbest, **options)
@@ -258,7 +256,7 @@ def _export(args: argparse.Namespace, _: Overrides) -> int:
 
     opened = run.open_run(args.workdir)
     mode = args.decode or modes_of(opened.config.loss)[0]
-    check_devices()
+    start_devices(opened.config)
     manifest = export.export(
         opened,
         args.output,
@@ -292,7 +290,7 @@ def _bench(args: argparse.Namespace, overrides: Overrides) -> int:
     from janus_jax import bench
 
     use_compilation_cache()
-    check_devices()
+    start_devices(config)
     return bench.bench(config, args.workdir)
 
 
@@ -302,7 +300,7 @@ def _compile(args: argparse.Namespace, overrides: Overrides) -> int:
 
     if args.topology == verb.LOCAL:
         use_compilation_cache()
-        check_devices()
+        start_devices(config)
     memory = args.memory * 2**30 if args.memory else None
     return verb.run(
         config, args.topology, args.slices, programs=args.programs.split(","), memory=memory, to=args.json
@@ -327,7 +325,7 @@ def _demo(args: argparse.Namespace, overrides: Overrides) -> int:
     from janus_jax import demo
 
     use_compilation_cache()
-    check_devices()
+    start_devices(config)
     return demo.demo(config, args.workdir)
 
 
@@ -373,10 +371,14 @@ def use_compilation_cache() -> None:
     mesh.set_compilation_cache(folder)
 
 
-def check_devices() -> None:
-    """As `mesh.check_devices`."""
+def start_devices(config: Config, args: argparse.Namespace | None = None) -> None:
+    """Starts jax on what there is, as `config.mesh` wants it; with `args`, beside the others they name."""
     from janus_jax import mesh
 
+    if config.mesh.portable:
+        mesh.ask_for_portable_numbers()
+    if args is not None:
+        join_others(args, config)
     mesh.check_devices()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from janus_jax import gpus, sharding
 from janus_jax.config import MeshConfig
 
 Tree = Any  # a pytree
+PORTABLE = {"ONEDNN_MAX_CPU_ISA": "AVX2", "NPROC": "2"}  # NPROC: XLA's threads, each with a share of a sum
+PORTABLE_FLAGS = ("--xla_cpu_max_isa=AVX2", "--xla_cpu_enable_platform_dependent_math=false")
 
 
 class MeshError(ValueError):
@@ -220,6 +223,23 @@ def _path(path: tuple[Any, ...]) -> str:
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
+
+
+def ask_for_portable_numbers() -> None:
+    """Has CPUs compute the same numbers to the last digit on every x86-64 processor with AVX2.
+
+    Left alone, XLA and its libraries take what they find: wider instructions, the processor's own estimate of
+    1 / sqrt(x), a share of each product for every core, and each has other last digits.  Call it before jax
+    starts its devices, as they read this once.  What the environment says of the same already, stays.
+    Elsewhere than on x86-64 it does nothing.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return
+    for name, value in PORTABLE.items():
+        os.environ.setdefault(name, value)
+    given = os.environ.get("XLA_FLAGS", "")
+    wanted = (flag for flag in PORTABLE_FLAGS if flag.partition("=")[0] not in given)
+    os.environ["XLA_FLAGS"] = " ".join((given, *wanted)).strip()
 
 
 def check_devices() -> None:

@@ -24,6 +24,15 @@ def _environment(monkeypatch):
     monkeypatch.delenv(cli.DEBUG, raising=False)
 
 
+@pytest.mark.parametrize("portable", [True, False])
+def test_portable_numbers_are_asked_for_before_devices_start(monkeypatch, portable):
+    calls = []
+    monkeypatch.setattr(mesh, "ask_for_portable_numbers", lambda: calls.append("ask"))
+    monkeypatch.setattr(mesh, "check_devices", lambda: calls.append("start"))
+    cli.start_devices(Config(mesh=config.MeshConfig(portable=portable)))
+    assert calls == ["ask", "start"][not portable :]
+
+
 @pytest.fixture
 def config_file(tmp_path):
     def write(body, name="experiment.py"):

@@ -1,5 +1,7 @@
 import dataclasses
 import functools
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -214,6 +216,37 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch):
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(10), Device(30)])
     assert mesh.device_memory_stats() == {"bytes_in_use": 30, "peak_bytes_in_use": 60, "bytes_limit": 100}
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="portable among x86-64 alone")
+def test_portable_numbers():
+    """In processes of their own, as jax reads it once; one of them has one core."""
+    program = """
+import os, sys
+if sys.argv[1] == "one core":
+    os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
+from janus_jax import mesh
+mesh.ask_for_portable_numbers()
+import jax, jax.numpy as jnp, numpy as np
+x = np.random.default_rng(0).standard_normal((384, 512)).astype(np.float32)
+roots = jax.jit(lambda x: jax.lax.rsqrt(jnp.abs(x)))(x)
+np.testing.assert_array_equal(roots, 1 / np.sqrt(np.abs(x)))  # processors have estimates of their own
+print(float(jax.jit(jnp.sum)(x)).hex())  # the order of the terms is a matter of the threads
+print(os.environ["NPROC"], os.environ["ONEDNN_MAX_CPU_ISA"], os.environ["XLA_FLAGS"])
+"""
+    plain = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS", "ONEDNN_MAX_CPU_ISA")}
+
+    def run(cores, **given):
+        words = [sys.executable, "-W", "error", "-c", program, cores]
+        done = subprocess.run(words, env=plain | given, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    flags = " ".join(mesh.PORTABLE_FLAGS)
+    total, said = run("all cores")
+    assert said == f"2 AVX2 {flags}"
+    assert run("one core") == [total, said]
+    _, said = run("all cores", NPROC="3", XLA_FLAGS="--xla_cpu_max_isa=AVX --xla_cpu_ftz=true")
+    assert said == f"3 AVX2 --xla_cpu_max_isa=AVX --xla_cpu_ftz=true {mesh.PORTABLE_FLAGS[1]}"
 
 
 def test_the_compilation_cache_fills_and_is_used(tmp_path):
