@@ -1,6 +1,8 @@
 """Figures of accelerator chips, and the roofline: what bounds a program, and how long it takes at least.
 
 The table holds what the makers publish; nothing in it is measured by us, and no program reaches all of it.
+What a kernel of a GPU and a wait of its host take, no maker publishes: both are fitted to what an H200 took
+for decoding one sentence (docs/performance.md, "Kernels"), and taken for every GPU.
 The peak is that of bf16, which is also what jax multiplies float32 in by default on a TPU.
 
 TPU figures: the "System architecture" pages of the Cloud TPU documentation
@@ -17,6 +19,7 @@ Room: pure core.  Imports nothing of ours.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +27,8 @@ from dataclasses import dataclass
 GIB = 2**30
 HOP_SECONDS = 1e-6  # from one chip to its neighbour; about a microsecond on every generation
 DCN_SECONDS = 5e-5  # one exchange between hosts of two slices: an assumption, not a published figure
+KERNEL_SECONDS = 1.4e-6  # a kernel of a GPU, however little it computes
+WAIT_SECONDS = 2.4e-5  # the host of a GPU looks at what a loop or a branch is to do next
 
 
 @dataclass(frozen=True)
@@ -77,34 +82,49 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds that a program needs at least, by what it uses; all per run of it, on each chip."""
+    """Seconds that a program needs at least, by what it uses; all per run of it, on each chip.
+
+    `launches`: what a GPU takes for the number of its kernels and waits alone; None on other chips.
+    """
 
     compute: float
     memory: float
     ici: float
     dcn: float
+    launches: float | None = None
 
     @property
     def bound(self) -> str:
-        """What takes longest: compute, memory, ici or dcn."""
-        parts = {"compute": self.compute, "memory": self.memory, "ici": self.ici, "dcn": self.dcn}
+        """What takes longest: compute, memory, ici, dcn or launches."""
+        parts = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         return max(parts, key=lambda k: parts[k])
 
     @property
     def overlapped(self) -> float:
         """Seconds if everything overlapped with everything: no program is faster."""
-        return max(self.compute, self.memory, self.ici, self.dcn)
+        return max(self.compute, self.memory, self.ici, self.dcn, self.launches or 0.0)
 
     @property
     def serial(self) -> float:
-        """Seconds if communication overlapped with nothing: what we predict, on the careful side."""
-        return max(self.compute, self.memory) + self.ici + self.dcn
+        """Seconds if communication overlapped with nothing: what we predict, on the careful side.
+
+        On a GPU nothing overlaps: one kernel multiplies, the next one moves memory.
+        """
+        if self.launches is None:
+            return max(self.compute, self.memory) + self.ici + self.dcn
+        return self.compute + self.memory + self.launches + self.ici + self.dcn
 
 
 def roofline(
-    chip: Chip, *, flops: float, hbm: float, traffic: Iterable[Traffic], slice_chips: int
+    chip: Chip,
+    *,
+    flops: float,
+    hbm: float,
+    traffic: Iterable[Traffic],
+    slice_chips: int,
+    launches: tuple[float, float] | None = None,
 ) -> Roofline:
-    """The four times of a program.
+    """The times of a program.
 
     Args:
       chip: its figures.
@@ -112,6 +132,7 @@ def roofline(
       hbm: bytes read from and written to main memory, on each chip.
       traffic: what is exchanged.
       slice_chips: chips of one slice.
+      launches: of a GPU's program: kernels, and waits of the host.
     """
     ici = dcn = 0.0
     for t in traffic:
@@ -120,7 +141,8 @@ def roofline(
         else:
             seconds = t.bytes / _bandwidth(chip, t.group, slice_chips)
             ici += t.times * (seconds + _latency(chip, t.group, slice_chips))
-    return Roofline(flops / chip.flops, hbm / chip.hbm_bandwidth, ici, dcn)
+    queue = None if launches is None else launches[0] * KERNEL_SECONDS + launches[1] * WAIT_SECONDS
+    return Roofline(flops / chip.flops, hbm / chip.hbm_bandwidth, ici, dcn, queue)
 
 
 def _bandwidth(chip: Chip, group: int, slice_chips: int) -> float:

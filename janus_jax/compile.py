@@ -397,19 +397,21 @@ def describe(compiled: Compiled, machine: Machine) -> dict[str, Any]:
     ]
     moved = hlo.collectives(module, counts, devices=size, slice_of=slice_of)
     traffic = hlo.memory_bytes(module, counts)
+    launches = _launches(program, module) if of_gpus else None
     roofline = chips.roofline(
         machine.chip,
         flops=program.flops.executed / size,
         hbm=traffic,
         traffic=[chips.Traffic(c.bytes, c.group, c.times, c.crosses) for c in moved],
         slice_chips=max(1, size // len(set(slice_of))),
+        launches=(launches["kernels"], launches["waits"]) if launches else None,
     )
     found["hbm_traffic_bytes"] = traffic
-    if of_gpus:
-        found["launches"] = _launches(program, module)
+    if launches:
+        found["launches"] = launches
     found["collectives"] = _totals(moved)
     found["loops"] = {"expected": program.loops, "counted_once": sorted(counts.unknown)}
-    found["roofline_seconds"] = {k: getattr(roofline, k) for k in ("compute", "memory", "ici", "dcn")}
+    found["roofline_seconds"] = {k: v for k, v in dataclasses.asdict(roofline).items() if v is not None}
     found["predicted"] = {"bound": roofline.bound, "seconds_if_overlapped": roofline.overlapped}
     found["predicted"] |= _rates(program, machine.chip, roofline.serial)
     if machine.local:
@@ -495,7 +497,13 @@ def print_report(found: dict[str, Any]) -> None:
     columns = ["per chip", *(_title(name, p) for name, p in programs.items())]
     report.table("", columns, [[label, *cells] for label, cells in rows if any(cells)])
     figures = "figures measured here" if chip["measured"] else "published chip figures"
-    print(f"(p) predicted, not measured: a roofline from {figures}; communication overlaps with nothing")
+    what = "communication overlaps with nothing"
+    if any("launches" in p for p in programs.values()):
+        what = (
+            f"nothing overlaps; {1e6 * chips.KERNEL_SECONDS:.1f} us a kernel, {1e6 * chips.WAIT_SECONDS:.0f} "
+            "us a wait, as fits what one H200 took; what the host does before and after a call is not in it"
+        )
+    print(f"(p) predicted, not measured: a roofline from {figures}; {what}")
     for name, p in programs.items():
         for loop in p.get("loops", {}).get("counted_once", ()):
             print(f"counted once, for its length depends on data: {name}: {loop}")
@@ -550,7 +558,8 @@ def _lines(kinds: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Callable[[di
         yield f"{label}, of a pass", _count("launches", f"{key}_of_a_pass")
     for kind, network in kinds:
         yield f"{kind}, {network.upper()}", moved(kind, network)
-    for key, label in (("compute", "compute"), ("memory", "memory"), ("ici", "ICI"), ("dcn", "DCN")):
+    labels = {"compute": "compute", "memory": "memory", "launches": "kernels and waits"}
+    for key, label in {**labels, "ici": "ICI", "dcn": "DCN"}.items():
         yield f"{label} (p)", seconds("roofline_seconds", key)
     yield "bound by (p)", lambda p: p.get("predicted", {}).get("bound", "")
     yield "time if all overlapped (p)", seconds("predicted", "seconds_if_overlapped")

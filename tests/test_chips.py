@@ -60,6 +60,16 @@ def test_networks():
     assert math.isclose(found.serial, 0.01 + found.ici + found.dcn)
 
 
+def test_on_a_gpu_nothing_overlaps():
+    found = chips.roofline(CHIP, flops=1e12, hbm=3e10, traffic=[], slice_chips=1, launches=(1000, 500))
+    assert math.isclose(found.launches, 1000 * chips.KERNEL_SECONDS + 500 * chips.WAIT_SECONDS)
+    assert math.isclose(found.serial, 0.01 + 0.03 + found.launches)
+    assert found.overlapped == 0.03
+    assert found.bound == "memory"
+    small = chips.roofline(CHIP, flops=1e6, hbm=1e6, traffic=[], slice_chips=1, launches=(1000, 0))
+    assert small.bound == "launches"
+
+
 def test_behind_a_switch_every_group_has_the_whole_bandwidth():
     gpu = Chip("made up", 1e15, 80 * GIB, 3e12, 400e9, 1, 50e9)
     found = chips.roofline(gpu, flops=0, hbm=0, traffic=[Traffic(4e9, 2, 1, False)], slice_chips=8)
