@@ -7,7 +7,7 @@ What differs from the method's defaults is there for the few minutes: pre-norm a
 learn fast; a full NAR loss and a milder KL, changed together with the positions that are the default by
 now, did more for the NAR side than the three other settings tried (one seed each, on valid; none was
 tried alone); and the AR side chooses among five NAR candidates, which did better on valid than mean
-log-probability.  What it prints, on whichever x86-64 processor: README.md.
+log-probability.  What it prints: README.md.
 """
 
 import ml_collections

@@ -226,8 +226,8 @@ class MeshConfig:
     data: int = -1  # replicas, across slices first; -1 means all devices that the other axes leave
     fsdp: int = 1  # devices that share rows as well as parameters and optimiser state
     tensor: int = 1  # devices that share heads, ffn width and vocabulary of the same rows
-    # CPUs: the same numbers to the last digit on every x86-64 processor with AVX2, however many cores it has
-    # (with the same jaxlib); two threads, unless $NPROC says otherwise.
+    # CPUs: the same numbers to the last digit on x86-64 processors of several makes, however many cores they
+    # have (docs/parity.md says how far that goes); two threads, unless $NPROC says otherwise.
     portable: bool = False
     startup_timeout: int = 300  # seconds to wait for the other processes to come
     heartbeat_timeout: int = 100  # seconds without a sign of life after which a process counts as dead

@@ -226,12 +226,13 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def ask_for_portable_numbers() -> None:
-    """Has CPUs compute the same numbers to the last digit on every x86-64 processor with AVX2.
+    """Has x86-64 processors with AVX2 compute the same numbers to the last digit, as far as XLA can be told.
 
     Left alone, XLA and its libraries take what they find: wider instructions, the processor's own estimate of
-    1 / sqrt(x), a share of each product for every core, and each has other last digits.  Call it before jax
-    starts its devices, as they read this once.  What the environment says of the same already, stays.
-    Elsewhere than on x86-64 it does nothing.
+    1 / sqrt(x), a share of each sum for every core, and each has other last digits.  What cannot be told:
+    long sums come in blocks by the size of the caches (docs/parity.md).  Call it before jax starts its
+    devices, as they read this once.  What the environment says of the same already, stays.  Elsewhere than on
+    x86-64 it does nothing.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return
