@@ -208,8 +208,16 @@ _MODEL_KEYS = (
 )
 NOTE = (
     "memory, FLOPs, collectives and kernels are those of the compiled program; seconds, tokens/s and "
-    "utilisation are predictions of a roofline from published chip figures, not measurements"
+    "utilisation are predictions of a roofline from published chip figures (launches: from what one H200 "
+    "took), not measurements"
 )
+PARTS = {  # of chips.Roofline, and what the table calls them
+    "compute": "compute",
+    "memory": "memory",
+    "launches": "kernels and waits",
+    "ici": "ICI",
+    "dcn": "DCN",
+}
 
 
 # -- programs -----------------------------------------------------------------------------------
@@ -558,8 +566,7 @@ def _lines(kinds: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Callable[[di
         yield f"{label}, of a pass", _count("launches", f"{key}_of_a_pass")
     for kind, network in kinds:
         yield f"{kind}, {network.upper()}", moved(kind, network)
-    labels = {"compute": "compute", "memory": "memory", "launches": "kernels and waits"}
-    for key, label in {**labels, "ici": "ICI", "dcn": "DCN"}.items():
+    for key, label in PARTS.items():
         yield f"{label} (p)", seconds("roofline_seconds", key)
     yield "bound by (p)", lambda p: p.get("predicted", {}).get("bound", "")
     yield "time if all overlapped (p)", seconds("predicted", "seconds_if_overlapped")

@@ -234,7 +234,7 @@ def ask_for_portable_numbers() -> None:
     devices, as they read this once.  What the environment says of the same already, stays.  Elsewhere than on
     x86-64 it does nothing.
     """
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if platform.machine() != "x86_64":
         return
     for name, value in PORTABLE.items():
         os.environ.setdefault(name, value)

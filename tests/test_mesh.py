@@ -218,7 +218,14 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch):
     assert mesh.device_memory_stats() == {"bytes_in_use": 30, "peak_bytes_in_use": 60, "bytes_limit": 100}
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="portable among x86-64 alone")
+def test_elsewhere_portable_numbers_ask_for_nothing(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    before = dict(os.environ)
+    mesh.ask_for_portable_numbers()
+    assert os.environ == before
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="portable among x86-64 alone")
 def test_portable_numbers():
     """In processes of their own, as jax reads it once; one of them has one core."""
     program = """

@@ -30,7 +30,9 @@ def test_hosts_exchange_over_the_slower_network():
     found = compile.describe(compile.build_and_compile(program), machine)
     moved = {(c["kind"], c["network"]): c["bytes"] for c in found["collectives"]}
     assert moved["all-reduce", "dcn"] > found["memory"]["parameters"]
-    assert found["roofline_seconds"]["dcn"] > found["roofline_seconds"]["ici"]
+    seconds = found["roofline_seconds"]
+    assert found["predicted"]["bound"] == "launches"  # the model is tiny; after that:
+    assert max(seconds.keys() - {"launches"}, key=seconds.get) == "dcn"
 
 
 def test_the_verb(capsys, tmp_path, monkeypatch):

@@ -16,9 +16,8 @@ from janus_jax.tables import TIMED, ways_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCUMENTED = ROOT / "docs" / "tables" / "smoke.md"
-CACHE = pathlib.Path(
-    "/sys/devices/system/cpu/cpu0/cache/index0/size"
-)  # other sums with another: docs/parity.md
+# The first data cache: with another size, sums may come in other blocks (docs/parity.md).
+CACHE = pathlib.Path("/sys/devices/system/cpu/cpu0/cache/index0/size")
 OURS = ("XLA_FLAGS", "NPROC")  # what conftest sets for the suite, and no user has
 ROWS = {"ar_content": "ar", "ar": "ar", "rdrop": "rdrop", "cmlm": "cmlm", "janus": "janus", "no_aux": "janus"}
 
